@@ -1,0 +1,94 @@
+"""Attention over pixels and text: the transformer inside the UNet (Rombach et al. 2022, Sec. 3.3)."""
+
+import torch.nn.functional as F
+from einops import rearrange
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from ldm.conditioning import Conditioning
+from ldm.models.layers import Features, norm
+
+Sequence = Float[Tensor, "b l d"]
+
+
+class Attention(nn.Module):
+    """Multi-head attention from x to a context, or to itself (Vaswani et al. 2017, Sec. 3.2)."""
+
+    def __init__(self, width: int, heads: int, *, context_dim: int | None = None, bias: bool = False) -> None:
+        super().__init__()
+        if width % heads:
+            raise ValueError(f"width {width} is not divisible by heads {heads}")
+        self.heads = heads
+        self.to_q = nn.Linear(width, width, bias=bias)
+        self.to_k = nn.Linear(context_dim or width, width, bias=bias)
+        self.to_v = nn.Linear(context_dim or width, width, bias=bias)
+        self.to_out = nn.Linear(width, width)
+
+    def forward(
+        self, x: Sequence, context: Float[Tensor, "b m e"] | None = None, mask: Bool[Tensor, "b m"] | None = None
+    ) -> Sequence:
+        """x: (b, l, width); context: (b, m, context_dim), x itself where None; mask: True where m may be seen."""
+        context = x if context is None else context
+        q, k, v = (
+            rearrange(y, "b l (n d) -> b n l d", n=self.heads)
+            for y in (self.to_q(x), self.to_k(context), self.to_v(context))
+        )
+        visible = None if mask is None else rearrange(mask, "b m -> b 1 1 m")
+        return self.to_out(rearrange(F.scaled_dot_product_attention(q, k, v, visible), "b n l d -> b l (n d)"))
+
+
+class FeedForward(nn.Module):
+    """GEGLU, four times as wide (Shazeer 2020, arXiv:2002.05202; the erf form of GELU)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.expand = nn.Linear(width, 8 * width)
+        self.reduce = nn.Linear(4 * width, width)
+
+    def forward(self, x: Sequence) -> Sequence:
+        value, gate = self.expand(x).chunk(2, dim=-1)
+        return self.reduce(value * F.gelu(gate))
+
+
+class TransformerBlock(nn.Module):
+    """Self-attention, attention to the text, feed-forward; each behind its LayerNorm and with a residual."""
+
+    def __init__(self, width: int, heads: int, context_dim: int) -> None:
+        super().__init__()
+        self.norm1, self.attn1 = nn.LayerNorm(width), Attention(width, heads)
+        self.norm2, self.attn2 = nn.LayerNorm(width), Attention(width, heads, context_dim=context_dim)
+        self.norm3, self.ff = nn.LayerNorm(width), FeedForward(width)
+
+    def forward(self, x: Sequence, cond: Conditioning) -> Sequence:
+        x = x + self.attn1(self.norm1(x))
+        x = x + self.attn2(self.norm2(x), cond.tokens, cond.mask)
+        return x + self.ff(self.norm3(x))
+
+
+class SpatialTransformer(nn.Module):
+    """Transformer blocks over the pixels of a feature map, residual as a whole.
+
+    `linear` chooses how pixels are projected in and out: linear layers (SD 2, SDXL) or 1 x 1 convolutions (SD 1).
+    They compute the same; the files differ.
+    """
+
+    def __init__(self, width: int, heads: int, *, depth: int, context_dim: int, groups: int, linear: bool) -> None:
+        super().__init__()
+        self.norm = norm(width, groups, eps=1e-6)
+        self.linear = linear
+        self.proj_in = nn.Linear(width, width) if linear else nn.Conv2d(width, width, 1)
+        self.blocks = nn.ModuleList(TransformerBlock(width, heads, context_dim) for _ in range(depth))
+        self.proj_out = nn.Linear(width, width) if linear else nn.Conv2d(width, width, 1)
+
+    def forward(self, x: Features, cond: Conditioning) -> Features:
+        height = x.shape[2]
+        h = self.norm(x)
+        if self.linear:
+            h = self.proj_in(rearrange(h, "b c h w -> b (h w) c"))
+        else:
+            h = rearrange(self.proj_in(h), "b c h w -> b (h w) c")
+        for block in self.blocks:
+            h = block(h, cond)
+        if self.linear:
+            return x + rearrange(self.proj_out(h), "b (h w) c -> b c h w", h=height)
+        return x + self.proj_out(rearrange(h, "b (h w) c -> b c h w", h=height))

@@ -1,0 +1,203 @@
+"""The autoencoder (VAE) between images and latents, in Stable Diffusion's layout (Esser et al. 2021; Rombach et al. 2022)."""
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from ldm.models.attention import Attention
+from ldm.models.layers import Downsample, Features, ResBlock, Upsample, norm
+from ldm.shapes import Image, Latent
+
+
+@dataclass(frozen=True)
+class AutoencoderConfig:
+    """Widths of an autoencoder, and the statistics of its latents; the defaults are Stable Diffusion's.
+
+    channels: one width a level from full resolution down, each level but the last halves h and w. decoder_channels: the
+    decoder's, where they differ. mean, std: of each latent channel (one value serves all), measured on data after training;
+    SD states only a scale: std = 1 / 0.18215.
+    """
+
+    z_channels: int = 4
+    channels: tuple[int, ...] = (128, 256, 512, 512)
+    decoder_channels: tuple[int, ...] = ()
+    res_blocks: int = 2
+    mid_attention: bool = True
+    groups: int = 32
+    mean: tuple[float, ...] = (0.0,)
+    std: tuple[float, ...] = (1.0,)
+
+    def __post_init__(self) -> None:
+        if self.decoder_channels and len(self.decoder_channels) != len(self.channels):
+            raise ValueError(f"channels {self.channels} and decoder_channels {self.decoder_channels} differ in length")
+        for name, values in (("mean", self.mean), ("std", self.std)):
+            if len(values) not in (1, self.z_channels):
+                raise ValueError(f"{name} has {len(values)} values: give 1 or {self.z_channels} (z_channels)")
+        if min(self.std) <= 0:
+            raise ValueError(f"std {self.std} must be above 0")
+
+    @property
+    def factor(self) -> int:
+        """Pixels a latent cell, along each side."""
+        return 2 ** (len(self.channels) - 1)
+
+
+class Gaussian(NamedTuple):
+    """A diagonal normal distribution over latents, (b, c, h, w)."""
+
+    mean: Latent
+    logvar: Latent
+
+    @property
+    def mode(self) -> Latent:
+        return self.mean
+
+    def sample(self, noise: Latent) -> Latent:
+        """mean + deviation * noise, noise being standard normal."""
+        return self.mean + torch.exp(0.5 * self.logvar) * noise
+
+    def kl(self) -> Float[Tensor, " b"]:
+        """Divergence from the standard normal in nats, summed over c, h, w (Kingma & Welling 2014, App. B)."""
+        return 0.5 * (self.mean**2 + self.logvar.exp() - 1 - self.logvar).sum(dim=(1, 2, 3))
+
+
+class SelfAttention(nn.Module):
+    """One-head attention over all pixels, residual."""
+
+    def __init__(self, width: int, groups: int) -> None:
+        super().__init__()
+        self.norm = norm(width, groups, eps=1e-6)
+        self.attn = Attention(width, heads=1, bias=True)
+
+    def forward(self, x: Features) -> Features:
+        h = self.attn(rearrange(self.norm(x), "b c h w -> b (h w) c"))
+        return x + rearrange(h, "b (h w) c -> b c h w", h=x.shape[2])
+
+
+class Stage(nn.Module):
+    """ResBlocks of one resolution, then the way to the next; also the middle, where attention stands between two."""
+
+    def __init__(self, widths: list[int], groups: int, resample: nn.Module | None = None) -> None:
+        super().__init__()
+        pairs = zip(widths[:-1], widths[1:], strict=True)
+        self.blocks = nn.ModuleList(ResBlock(i, o, groups=groups, eps=1e-6) for i, o in pairs)
+        self.resample = resample
+
+    def forward(self, x: Features) -> Features:
+        for block in self.blocks:
+            x = block(x)
+        return x if self.resample is None else self.resample(x)
+
+
+class Middle(nn.Module):
+    """ResBlock, attention, ResBlock at the latent's resolution."""
+
+    def __init__(self, width: int, config: AutoencoderConfig) -> None:
+        super().__init__()
+        self.res1 = ResBlock(width, width, groups=config.groups, eps=1e-6)
+        self.attn = SelfAttention(width, config.groups) if config.mid_attention else None
+        self.res2 = ResBlock(width, width, groups=config.groups, eps=1e-6)
+
+    def forward(self, x: Features) -> Features:
+        h = self.res1(x)
+        return self.res2(h if self.attn is None else self.attn(h))
+
+
+class Encoder(nn.Module):
+    """Image (b, 3, H, W) to the moments of its latent (b, 2 z, H / factor, W / factor)."""
+
+    def __init__(self, config: AutoencoderConfig) -> None:
+        super().__init__()
+        widths, last = config.channels, len(config.channels) - 1
+        self.conv_in = nn.Conv2d(3, widths[0], 3, padding=1)
+        self.down = nn.ModuleList(
+            Stage(
+                [widths[max(level - 1, 0)]] + [width] * config.res_blocks,
+                config.groups,
+                Downsample(width, symmetric=False) if level < last else None,
+            )
+            for level, width in enumerate(widths)
+        )
+        self.mid = Middle(widths[-1], config)
+        self.norm_out = norm(widths[-1], config.groups, eps=1e-6)
+        self.conv_out = nn.Conv2d(widths[-1], 2 * config.z_channels, 3, padding=1)
+        self.moments = nn.Conv2d(2 * config.z_channels, 2 * config.z_channels, 1)
+
+    def forward(self, image: Image) -> Features:
+        h = self.conv_in(image)
+        for stage in self.down:
+            h = stage(h)
+        return self.moments(self.conv_out(F.silu(self.norm_out(self.mid(h)))))
+
+
+class Decoder(nn.Module):
+    """Latent (b, z, h, w) to image (b, 3, h * factor, w * factor)."""
+
+    def __init__(self, config: AutoencoderConfig) -> None:
+        super().__init__()
+        widths = (config.decoder_channels or config.channels)[::-1]
+        last = len(widths) - 1
+        self.expand = nn.Conv2d(config.z_channels, config.z_channels, 1)
+        self.conv_in = nn.Conv2d(config.z_channels, widths[0], 3, padding=1)
+        self.mid = Middle(widths[0], config)
+        self.up = nn.ModuleList(
+            Stage(
+                [widths[max(level - 1, 0)]] + [width] * (config.res_blocks + 1),
+                config.groups,
+                Upsample(width) if level < last else None,
+            )
+            for level, width in enumerate(widths)
+        )
+        self.norm_out = norm(widths[-1], config.groups, eps=1e-6)
+        self.conv_out = nn.Conv2d(widths[-1], 3, 3, padding=1)
+
+    def forward(self, z: Features) -> Image:
+        h = self.mid(self.conv_in(self.expand(z)))
+        for stage in self.up:
+            h = stage(h)
+        return self.conv_out(F.silu(self.norm_out(h)))
+
+
+class Autoencoder(nn.Module):
+    """encode(image) -> Gaussian over normalised latents; decode(normalised latent) -> image.
+
+    Nothing outside knows the latent's own scale: mean and std of the config are taken out here and put back here.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, config: AutoencoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config)
+
+    @property
+    def factor(self) -> int:
+        return self.config.factor
+
+    def _statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        return tuple(like.new_tensor(v).reshape(1, -1, 1, 1) for v in (self.config.mean, self.config.std))  # type: ignore
+
+    def encode(self, image: Image) -> Gaussian:
+        """image: (b, 3, H, W) in [-1, 1], H and W multiples of `factor`."""
+        mean, logvar = self.encoder(image).chunk(2, dim=1)
+        shift, scale = self._statistics(mean)
+        return Gaussian((mean - shift) / scale, logvar.clamp(-30, 20) - 2 * scale.log())
+
+    def decode(self, latent: Latent) -> Image:
+        """latent: (b, z, h, w), normalised. The image is not clamped."""
+        shift, scale = self._statistics(latent)
+        return self.decoder(latent * scale + shift)
+
+
+def normalised(config: AutoencoderConfig) -> bool:
+    """Whether latent statistics were measured (or are known): False for a fresh config."""
+    return not (set(config.mean) == {0.0} and set(config.std) == {1.0}) and all(map(math.isfinite, config.std))

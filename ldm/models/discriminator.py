@@ -1,0 +1,76 @@
+"""The patch discriminator of Isola et al. 2017 (arXiv:1611.07004), hinge losses, and the adaptive weight of VQGAN."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from ldm.errors import UserError
+from ldm.shapes import Image
+
+Logits = Float[Tensor, "b 1 h w"]
+_GROUPS = 32
+
+
+@dataclass(frozen=True)
+class DiscriminatorConfig:
+    """`layers` halvings, each doubling `channels` (up to 8 times); 3 of them judge patches of 70 x 70 pixels.
+
+    There is no batch norm: its statistics differ between ranks, shift with small batches, and it judges the mean of a
+    batch rather than each picture. Group norm knows one picture only.
+    """
+
+    channels: int = 64
+    layers: int = 3
+    norm: Literal["group", "none"] = "group"
+
+    def __post_init__(self) -> None:
+        if self.layers < 1 or self.channels < 1:
+            raise UserError(f"a discriminator of {self.layers} layers and {self.channels} channels: give 1 or more of each")
+        if self.norm == "group" and self.channels * 2 % _GROUPS:
+            raise UserError(f"discriminator channels {self.channels}: group norm needs a multiple of {_GROUPS // 2}")
+
+
+class PatchDiscriminator(nn.Sequential):
+    """`(b, 3, h, w)` in [-1, 1] -> `(b, 1, h', w')` logits, one for each patch, high for real."""
+
+    def __init__(self, config: DiscriminatorConfig) -> None:
+        widths = [3] + [config.channels * min(2**i, 8) for i in range(config.layers + 1)]
+        modules: list[nn.Module] = []
+        for index in range(config.layers + 1):
+            stride = 2 if index < config.layers else 1
+            modules.append(nn.Conv2d(widths[index], widths[index + 1], 4, stride, 1))
+            if config.norm == "group" and index:  # the first layer sees colours, which a norm would take away
+                modules.append(nn.GroupNorm(_GROUPS, widths[index + 1]))
+            modules.append(nn.LeakyReLU(0.2))
+        super().__init__(*modules, nn.Conv2d(widths[-1], 1, 4, 1, 1))
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.normal_(module.weight, std=0.02)
+                nn.init.zeros_(module.bias)  # type: ignore[arg-type]
+
+    def forward(self, image: Image) -> Logits:
+        return super().forward(image)
+
+
+def hinge_d(real: Tensor, fake: Tensor) -> Tensor:
+    """The discriminator's loss, a scalar: real logits above 1, fake ones below -1 cost nothing (arXiv:1705.02894)."""
+    return 0.5 * (F.relu(1 - real.float()).mean() + F.relu(1 + fake.float()).mean())
+
+
+def hinge_g(fake: Tensor) -> Tensor:
+    """The generator's loss, a scalar: the higher the logits of its pictures, the lower."""
+    return -fake.float().mean()
+
+
+def adaptive_weight(rec_loss: Tensor, gan_loss: Tensor, last_layer: Tensor, *, limit: float = 1e4) -> Tensor:
+    """Weight of the adversarial loss that makes both gradients alike at the decoder's last layer.
+
+    Eq. 7 of Esser et al. 2021 (arXiv:2012.09841): a scalar without gradient, at most `limit`. Both graphs are kept.
+    """
+    (rec,) = torch.autograd.grad(rec_loss, last_layer, retain_graph=True)
+    (gan,) = torch.autograd.grad(gan_loss, last_layer, retain_graph=True)
+    return (rec.norm() / (gan.norm() + 1e-6)).clamp(max=limit)

@@ -1,0 +1,162 @@
+"""The denoising UNet with cross-attention, in Stable Diffusion's layout (Rombach et al. 2022, Sec. 3.3)."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ldm.conditioning import Conditioning
+from ldm.models.attention import SpatialTransformer
+from ldm.models.layers import Downsample, Features, ResBlock, Upsample, norm, sinusoid
+from ldm.shapes import Sigma
+
+
+@dataclass(frozen=True)
+class UNetConfig:
+    """Widths and depths of a UNet; the defaults are Stable Diffusion 1.
+
+    channels, depth and heads have one value a level, from full resolution down: the width, the transformer blocks after each
+    ResBlock (0: none), and the attention heads. vector_dim: width of `Conditioning.vector`, 0 without one (SDXL 2816).
+    """
+
+    in_channels: int = 4
+    out_channels: int = 4
+    channels: tuple[int, ...] = (320, 640, 1280, 1280)
+    res_blocks: int = 2
+    depth: tuple[int, ...] = (1, 1, 1, 0)
+    mid_depth: int = 1
+    heads: tuple[int, ...] = (8, 8, 8, 8)
+    context_dim: int = 768
+    vector_dim: int = 0
+    linear_projection: bool = False
+    groups: int = 32
+
+    def __post_init__(self) -> None:
+        if not len(self.channels) == len(self.depth) == len(self.heads):
+            raise ValueError(f"channels {self.channels}, depth {self.depth} and heads {self.heads} differ in length")
+
+    @property
+    def factor(self) -> int:
+        """Height and width of the latent must be multiples of this."""
+        return 2 ** (len(self.channels) - 1)
+
+
+class Block(nn.Module):
+    """One ResBlock, and the transformer behind it where the level has one."""
+
+    def __init__(self, config: UNetConfig, channels: int, out: int, level: int) -> None:
+        super().__init__()
+        self.res = ResBlock(channels, out, groups=config.groups, eps=1e-5, time_dim=4 * config.channels[0])
+        depth = config.depth[level]
+        self.attn = _transformer(config, out, config.heads[level], depth) if depth else None
+
+    def forward(self, x: Features, time: Tensor, cond: Conditioning) -> Features:
+        h = self.res(x, time)
+        return h if self.attn is None else self.attn(h, cond)
+
+
+class Level(nn.Module):
+    """The blocks of one resolution, then the way to the next."""
+
+    def __init__(self, blocks: list[Block], resample: Downsample | Upsample | None) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+        self.resample = resample
+
+
+class Middle(nn.Module):
+    """ResBlock, transformer, ResBlock at the lowest resolution."""
+
+    def __init__(self, config: UNetConfig) -> None:
+        super().__init__()
+        width, time_dim = config.channels[-1], 4 * config.channels[0]
+        self.res1 = ResBlock(width, width, groups=config.groups, eps=1e-5, time_dim=time_dim)
+        self.attn = _transformer(config, width, config.heads[-1], config.mid_depth) if config.mid_depth else None
+        self.res2 = ResBlock(width, width, groups=config.groups, eps=1e-5, time_dim=time_dim)
+
+    def forward(self, x: Features, time: Tensor, cond: Conditioning) -> Features:
+        h = self.res1(x, time)
+        return self.res2(h if self.attn is None else self.attn(h, cond), time)
+
+
+class UNet(nn.Module):
+    """net(z, label, cond): from a scaled noisy latent, what the network is told of its noise, and the conditions.
+
+    ValueError where a width does not fit its groups or heads.
+    """
+
+    def __init__(self, config: UNetConfig) -> None:
+        super().__init__()
+        self.config = config
+        channels, last = config.channels, len(config.channels) - 1
+        time_dim = 4 * channels[0]
+        self.time = nn.Sequential(nn.Linear(channels[0], time_dim), nn.SiLU(), nn.Linear(time_dim, time_dim))
+        self.vector = (
+            nn.Sequential(nn.Linear(config.vector_dim, time_dim), nn.SiLU(), nn.Linear(time_dim, time_dim))
+            if config.vector_dim
+            else None
+        )
+        self.conv_in = nn.Conv2d(config.in_channels, channels[0], 3, padding=1)
+
+        skips, width = [channels[0]], channels[0]
+        down = []
+        for level, out in enumerate(channels):
+            blocks = []
+            for _ in range(config.res_blocks):
+                blocks.append(Block(config, width, out, level))
+                skips.append(width := out)
+            down.append(Level(blocks, Downsample(out, symmetric=True) if level < last else None))
+            if level < last:
+                skips.append(out)
+        self.down = nn.ModuleList(down)
+        self.mid = Middle(config)
+        up = []
+        for level, out in reversed(list(enumerate(channels))):
+            blocks = []
+            for _ in range(config.res_blocks + 1):
+                blocks.append(Block(config, width + skips.pop(), out, level))
+                width = out
+            up.append(Level(blocks, Upsample(out) if level > 0 else None))
+        self.up = nn.ModuleList(up)
+        self.norm_out = norm(width, config.groups, eps=1e-5)
+        self.conv_out = nn.Conv2d(width, config.out_channels, 3, padding=1)
+        self._start_as_identity()
+
+    def _start_as_identity(self) -> None:
+        """Zero the last layer of each residual branch and of the network (Ho et al. 2020; Dhariwal & Nichol 2021)."""
+        for module in self.modules():
+            if isinstance(module, (ResBlock, SpatialTransformer)):
+                layer = module.conv2 if isinstance(module, ResBlock) else module.proj_out
+                nn.init.zeros_(layer.weight)
+        nn.init.zeros_(self.conv_out.weight)
+
+    def forward(self, z: Features, label: Sigma, cond: Conditioning) -> Features:
+        """z: (b, in_channels, h, w), h and w multiples of `config.factor`; label: (b,); returns (b, out_channels, h, w)."""
+        time = self.time(sinusoid(label, self.config.channels[0]).to(z.dtype))
+        if self.vector is not None:
+            time = time + self.vector(cond.vector)
+        time = F.silu(time)
+
+        h = self.conv_in(z)
+        skips = [h]
+        for level in self.down:
+            for block in level.blocks:
+                h = block(h, time, cond)
+                skips.append(h)
+            if level.resample is not None:
+                h = level.resample(h)
+                skips.append(h)
+        h = self.mid(h, time, cond)
+        for level in self.up:
+            for block in level.blocks:
+                h = block(torch.cat([h, skips.pop()], dim=1), time, cond)
+            if level.resample is not None:
+                h = level.resample(h)
+        return self.conv_out(F.silu(self.norm_out(h)))
+
+
+def _transformer(config: UNetConfig, width: int, heads: int, depth: int) -> SpatialTransformer:
+    return SpatialTransformer(
+        width, heads, depth=depth, context_dim=config.context_dim, groups=config.groups, linear=config.linear_projection
+    )
