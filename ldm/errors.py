@@ -1,8 +1,10 @@
 """What a person did that cannot work: one line that says what, with the value, and what to do instead."""
 
+import argparse
 import functools
 import sys
 from collections.abc import Callable
+from typing import NoReturn
 
 
 class UserError(ValueError):
@@ -15,6 +17,32 @@ def nearest(name: str, known: list[str]) -> str:
 
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose complaint is a UserError: one line, without the usage text. Flags are spelt in full."""
+
+    def __init__(self, description: str | None) -> None:
+        super().__init__(
+            description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        )
+
+    def error(self, message: str) -> NoReturn:
+        flags = [flag for action in self._actions for flag in action.option_strings]
+        unknown = message.removeprefix("unrecognized arguments: ").split()[0]
+        hint = nearest(unknown, flags) if unknown.startswith("--") else ""
+        raise UserError(f"{message}{hint}; --help lists the flags")
+
+
+def whole(least: int) -> Callable[[str], int]:
+    """An argparse `type`: a whole number that is not under `least`."""
+
+    def read(text: str) -> int:
+        if not text.lstrip("-").isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {least}")
+        return int(text)
+
+    return read
 
 
 def script(main: Callable[[], None]) -> Callable[[], None]:
