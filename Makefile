@@ -1,3 +1,40 @@
 # Every target sets up what it needs. Two to know: make txt2img PROMPT="a red apple"; make test.
-PYTHON ?= python3.11
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
 PY := .venv/bin/python
+
+.PHONY: txt2img test test-all check format clean
+
+# The prompt goes through the environment, so that quotes, apostrophes and dollar signs in it stay what they are.
+txt2img: export PROMPT_TEXT := $(value PROMPT)
+txt2img: .venv/.installed
+	@$(PY) scripts/txt2img.py --prompt="$$PROMPT_TEXT" $(ARGS)
+
+test: .venv/.installed-dev
+	$(PY) -m pytest -q -m "not slow"
+
+test-all: .venv/.installed-dev
+	$(PY) -m pytest -q
+
+check: .venv/.installed-dev
+	$(PY) -m ruff format --check .
+	$(PY) -m ruff check .
+	$(PY) -m mypy
+	$(PY) -m pytest -q -m "not slow"
+
+format: .venv/.installed-dev
+	$(PY) -m ruff format .
+	$(PY) -m ruff check --fix .
+
+clean:
+	rm -rf .venv .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	find . -name __pycache__ -prune -exec rm -rf {} +
+
+.venv/.installed: requirements.txt
+	@$(PYTHON) -c 'import sys; sys.exit("needs Python 3.11 or newer: make PYTHON=python3.12" if sys.version_info < (3, 11) else 0)'
+	test -x $(PY) || $(PYTHON) -m venv .venv
+	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	@touch $@
+
+.venv/.installed-dev: requirements-dev.txt .venv/.installed
+	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	@touch $@

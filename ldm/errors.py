@@ -38,9 +38,13 @@ def whole(least: int) -> Callable[[str], int]:
     """An argparse `type`: a whole number that is not under `least`."""
 
     def read(text: str) -> int:
-        if not text.lstrip("-").isdecimal() or int(text) < least:
+        try:
+            value = int(text)
+        except ValueError:
+            value = least - 1
+        if value < least:
             raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {least}")
-        return int(text)
+        return value
 
     return read
 
