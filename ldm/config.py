@@ -4,6 +4,7 @@ An unknown field, a missing one or a value of another type is a UserError that n
 """
 
 import dataclasses
+import sys
 import types
 import typing
 from collections.abc import Sequence
@@ -30,7 +31,11 @@ def from_dict(cls: type[Config], data: Any, where: str = "") -> Config:
         no_default = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         if name not in data and no_default:
             raise UserError(f"field {_dot(where, name)!r} is missing: give it a value")
-    return cls(**{name: _read(hints[name], value, _dot(where, name)) for name, value in data.items()})
+    values = {name: _read(hints[name], value, _dot(where, name)) for name, value in data.items()}
+    try:
+        return cls(**values)
+    except ValueError as error:  # a dataclass that checks its own fields
+        raise UserError(f"{where or cls.__name__}: {error}") from None
 
 
 def to_dict(config: Any) -> Any:
@@ -129,7 +134,7 @@ def _scalar(hint: type, value: Any, where: str) -> Any:
             return float(value)
         except ValueError:
             pass
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+    if hint is float and isinstance(value, int) and not isinstance(value, bool) and abs(value) <= sys.float_info.max:
         return float(value)
     if hint is str and isinstance(value, (int, float)) and not isinstance(value, bool):
         return str(value)  # a run named 2024, a shard named 00000

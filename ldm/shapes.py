@@ -3,7 +3,7 @@
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-Image = Float[Tensor, "b 3 h w"]  # in [-1, 1]
+Image = Float[Tensor, "b 3 H W"]  # in [-1, 1]; H = h * factor
 Latent = Float[Tensor, "b c h w"]  # normalised: about zero mean and unit deviation
 Sigma = Float[Tensor, " b"]  # noise level of each sample, x = x0 + sigma * eps
 Sigmas = Float[Tensor, " n"]  # falling noise levels of one run

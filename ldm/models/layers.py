@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-Features = Float[Tensor, "b c h w"]
+Features = Float[Tensor, "b _ _ _"]
 
 
 def sinusoid(label: Float[Tensor, " b"], width: int) -> Float[Tensor, "b d"]:

@@ -1,0 +1,1 @@
+"""Files in and out: our own format, and other people's names for the same tensors."""
