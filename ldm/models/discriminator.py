@@ -29,7 +29,7 @@ class DiscriminatorConfig:
 
     def __post_init__(self) -> None:
         if self.layers < 1 or self.channels < 1:
-            raise UserError(f"a discriminator of {self.layers} layers and {self.channels} channels: give 1 or more of each")
+            raise UserError(f"discriminator layers {self.layers}, channels {self.channels}: give 1 or more of each")
         if self.norm == "group" and self.channels * 2 % _GROUPS:
             raise UserError(f"discriminator channels {self.channels}: group norm needs a multiple of {_GROUPS // 2}")
 

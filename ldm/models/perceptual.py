@@ -5,8 +5,10 @@ The two networks of the paper, AlexNet and VGG16, differ by a table of layers; a
 """
 
 from pathlib import Path
+from typing import cast
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -15,15 +17,15 @@ from torch import Tensor, nn
 from ldm.errors import UserError
 from ldm.shapes import Image
 
-Layer = tuple[int, int, int, int] | tuple[int, int]  # a convolution (width, kernel, stride, padding) or a pool (kernel, stride)
+Layer = (
+    tuple[int, int, int, int] | int
+)  # a convolution: width, kernel, stride, padding; or the kernel of a pool of stride 2
 
 # The layers up to the last feature that is compared; a ReLU follows each convolution, as in torchvision's `features`.
-_ALEX: tuple[Layer, ...] = ((64, 11, 4, 2), (3, 2), (192, 5, 1, 2), (3, 2), (384, 3, 1, 1), (256, 3, 1, 1), (256, 3, 1, 1))
-_VGG: tuple[Layer, ...] = tuple(
-    layer
-    for stage, (width, depth) in enumerate([(64, 2), (128, 2), (256, 3), (512, 3), (512, 3)])
-    for layer in ([(2, 2)] if stage else []) + [(width, 3, 1, 1)] * depth
-)
+_ALEX: tuple[Layer, ...] = ((64, 11, 4, 2), 3, (192, 5, 1, 2), 3, (384, 3, 1, 1), (256, 3, 1, 1), (256, 3, 1, 1))
+_C128, _C256, _C512 = (128, 3, 1, 1), (256, 3, 1, 1), (512, 3, 1, 1)
+_DEEP: tuple[Layer, ...] = (2, _C256, _C256, _C256, 2, _C512, _C512, _C512, 2, _C512, _C512, _C512)
+_VGG: tuple[Layer, ...] = ((64, 3, 1, 1), (64, 3, 1, 1), 2, _C128, _C128, *_DEEP)
 # name: (layers, indices in `features` of the five ReLUs whose output is compared, the key that only this network has)
 NETS = {
     "alex": (_ALEX, (1, 4, 7, 9, 11), "features.10.weight"),
@@ -34,12 +36,15 @@ NETS = {
 class LPIPS(nn.Module):
     """`LPIPS(net)(image, target)`: frozen; gradients reach the pictures. Sides of 32 pixels or more."""
 
+    shift: Tensor
+    scale: Tensor
+
     def __init__(self, net: str) -> None:
         super().__init__()
         layers, self.taps, _ = NETS[net]
         self.features = nn.Sequential(*_modules(layers))
-        widths = [self.features[tap - 1].out_channels for tap in self.taps]
-        self.heads = nn.ParameterList([nn.Parameter(torch.zeros(width)) for width in widths])
+        compared = [self.features[tap - 1] for tap in self.taps]
+        self.heads = nn.ParameterList([torch.zeros(cast(nn.Conv2d, layer).out_channels) for layer in compared])
         # ImageNet's statistics for pictures in [-1, 1], with the roundings of the published weights
         self.register_buffer("shift", torch.tensor([-0.030, -0.088, -0.188])[:, None, None], persistent=False)
         self.register_buffer("scale", torch.tensor([0.458, 0.448, 0.450])[:, None, None], persistent=False)
@@ -54,7 +59,7 @@ class LPIPS(nn.Module):
         try:
             state = load_file(path)
         except (OSError, SafetensorError) as error:
-            raise UserError(f"cannot read LPIPS weights {str(path)!r} ({error}): make them with `make weights`") from None
+            raise UserError(f"cannot read LPIPS weights {str(path)!r}, get them by `make weights`: {error}") from None
         net = next((name for name, (*_, key) in reversed(NETS.items()) if key in state), "alex")
         model = cls(net)
         for index in range(len(model.heads)):
@@ -76,7 +81,7 @@ class LPIPS(nn.Module):
 
     def compared(self, image: Image) -> list[Tensor]:
         """The five features (b, c, h, w) of a picture that are compared, finest first."""
-        x = ((image - self.shift) / self.scale).to(self.features[0].weight.dtype)
+        x = ((image - self.shift) / self.scale).to(self.heads[0].dtype)
         found = []
         for index, layer in enumerate(self.features):
             x = layer(x)
@@ -89,19 +94,15 @@ def _modules(layers: tuple[Layer, ...]) -> list[nn.Module]:
     modules: list[nn.Module] = []
     width = 3
     for layer in layers:
-        if len(layer) == 2:
-            modules.append(nn.MaxPool2d(*layer))
+        if isinstance(layer, int):
+            modules.append(nn.MaxPool2d(layer, 2))
         else:
-            modules += [nn.Conv2d(width, *layer), nn.ReLU(inplace=True)]
-            width = layer[0]
+            wide, kernel, stride, padding = layer
+            modules += [nn.Conv2d(width, wide, kernel, stride, padding), nn.ReLU(inplace=True)]
+            width = wide
     return modules
 
 
 def _distance(x: Tensor, y: Tensor, head: Tensor) -> Tensor:
     """Eq. 1: mean over space of the weighted squared difference of unit features."""
-    return (_unit(x) - _unit(y)).square().mean((2, 3)) @ head
-
-
-def _unit(x: Tensor) -> Tensor:
-    """Unit length along the channels; where all are 0 the gradient is 0 (that of a square root would be NaN)."""
-    return x * (x.square().sum(1, keepdim=True) + 1e-20).rsqrt()
+    return (F.normalize(x, eps=1e-10) - F.normalize(y, eps=1e-10)).square().mean((2, 3)) @ head

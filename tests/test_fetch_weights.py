@@ -1,0 +1,53 @@
+"""The weights' converter: known bytes only, arrays only, and the layout that LPIPS loads."""
+
+import hashlib
+import importlib.util
+import pickle
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import save_file
+
+from ldm.errors import UserError
+from ldm.models.perceptual import LPIPS
+
+
+@pytest.fixture(scope="module")
+def fetch() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("fetch", Path(__file__).parents[1] / "scripts/fetch_weights.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_flax_kernels_become_torchvisions(fetch: ModuleType, tmp_path: Path) -> None:
+    rng, state = np.random.default_rng(0), LPIPS("alex").state_dict()
+    names = [key.removesuffix(".bias") for key in state if key.endswith(".bias")]
+    convolutions = {}
+    for index, name in enumerate(names):
+        wide, narrow, height, width = state[f"{name}.weight"].shape
+        kernel = rng.standard_normal((height, width, narrow, wide), dtype=np.float32)
+        convolutions[f"Conv_{index}"] = {"kernel": kernel, "bias": np.full(wide, index, np.float32)}
+    heads = {
+        f"NetLinLayer_{i}": {"Conv_0": {"kernel": rng.random((1, 1, len(state[f"heads.{i}"]), 1), np.float32)}}
+        for i in range(5)
+    }
+    data = pickle.dumps({"AlexNet_0": convolutions, **heads}, protocol=4)
+    save_file(fetch.convert("alex", data, hashlib.sha256(data).hexdigest()), tmp_path / "w")
+    loaded = LPIPS.load(tmp_path / "w").state_dict()
+    kernel = convolutions["Conv_1"]["kernel"]
+    assert loaded["features.3.weight"][5, 7, 1, 2].item() == kernel[1, 2, 7, 5]
+    assert torch.equal(loaded["features.10.bias"], torch.full((256,), 4.0))
+    assert loaded["heads.2"][3].item() == heads["NetLinLayer_2"]["Conv_0"]["kernel"][0, 0, 3, 0]
+
+
+def test_other_bytes_and_other_globals_are_refused(fetch: ModuleType) -> None:
+    data = pickle.dumps({"x": Path("x")})
+    with pytest.raises(UserError, match="not those known"):
+        fetch.convert("alex", data, "0" * 64)
+    with pytest.raises(UserError, match="no numpy array"):
+        fetch.convert("alex", data, hashlib.sha256(data).hexdigest())
