@@ -53,7 +53,7 @@ def _blur(x: Tensor) -> Tensor:
 def reconstruction_report(
     autoencoder: Autoencoder, batches: Iterable[AnyImages], lpips: Callable[[Image, Image], PerImage] | None = None
 ) -> dict[str, float]:
-    """Means over all pictures of `batches`: psnr (dB), ssim, and lpips where a distance is given; `images` counts them.
+    """Means over all pictures of `batches`: psnr (dB), ssim, and lpips where a distance is given.
 
     A picture is decoded from the mode of its latent and clamped to [-1, 1]. ValueError where there is no picture.
     """
@@ -70,4 +70,4 @@ def reconstruction_report(
             sums[name] += metric(again, target).sum().item()
     if not images:
         raise ValueError("no picture to reconstruct")
-    return {"images": images, **{name: total / images for name, total in sums.items()}}
+    return {name: total / images for name, total in sums.items()}
