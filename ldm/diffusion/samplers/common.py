@@ -1,0 +1,77 @@
+"""What all samplers share: the step they yield, the denoiser as they call it, and the ancestral split.
+
+A sampler is a generator (denoise, x, sigmas, noise, *, options) -> Step, Step, ... over falling sigmas. Its state is x
+in x = x0 + sigma * eps; levels are plain floats, so that all coefficients are arithmetic of Python.
+"""
+
+import itertools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ldm.errors import UserError
+
+State = Float[Tensor, "b ..."]
+Denoise = Callable[[Tensor, Tensor], Tensor]
+NoiseFn = Callable[[Tensor], Tensor]
+
+
+class Step(NamedTuple):
+    """What a step arrived at: x at level sigma, and the clean picture x0 that it steered by."""
+
+    x: State
+    x0: State
+    sigma: float
+
+
+Sampler = Callable[..., Iterator[Step]]
+
+
+class Model:
+    """A denoiser called with one level for the whole batch, its answer checked: NaN is an error, not a black image."""
+
+    def __init__(self, denoise: Denoise, grid: list[float]) -> None:
+        self.denoise = denoise
+        self.grid = grid
+
+    def __call__(self, x: State, sigma: float) -> State:
+        x0 = self.denoise(x, x.new_full((len(x),), sigma))
+        # A sum is finite only where every term is, and costs a third of isfinite().all().
+        if not math.isfinite(x0.sum()):
+            steps = len(self.grid) - 1
+            step = min(1 + sum(level > sigma for level in self.grid), steps)
+            raise UserError(
+                f"the network returned values that are not finite at step {step} of {steps}, sigma {sigma:.5g}: "
+                "try --precision fp32, a lower guidance scale, or check the model file"
+            )
+        return x0
+
+
+def begin(denoise: Denoise, x: State, sigmas: Sequence[float] | Tensor) -> tuple[Model, State, list[float]]:
+    """The checked denoiser, the state in fp32 or wider, and the levels as floats. UserError where they do not fall."""
+    grid: list[float] = sigmas.tolist() if isinstance(sigmas, Tensor) else [float(s) for s in sigmas]
+    if len(grid) < 2:
+        raise UserError(f"a run of {max(len(grid) - 1, 0)} steps: needs at least 1")
+    for s, t in itertools.pairwise(grid):
+        if not s > t >= 0:
+            raise UserError(f"noise levels must fall and stay at or above 0: {s:.5g} is followed by {t:.5g}")
+    return Model(denoise, grid), x.to(torch.promote_types(x.dtype, torch.float32)), grid
+
+
+def check_range(name: str, value: float, low: float, high: float) -> None:
+    """UserError unless low <= value <= high."""
+    if not low <= value <= high:
+        raise UserError(f"{name} is {value}: needs a value from {low:g} to {high:g}")
+
+
+def ancestral(s: float, t: float, eta: float) -> tuple[float, float]:
+    """Split a step from level s to t: (down, up) = the level to go down to, the noise to add, down^2 + up^2 = t^2.
+
+    eta 1 gives the variance of DDPM's posterior (Ho et al. 2020, Eq. 7), eta 0 no noise (Song et al. 2021, Eq. 16).
+    """
+    up = eta * t * math.sqrt(s * s - t * t) / s
+    return math.sqrt(max(t * t - up * up, 0.0)), up

@@ -1,0 +1,208 @@
+"""Noise schedules: the levels sigma of x = x0 + sigma * eps, what the network is told of them, and where it trains.
+
+Every schedule is one rising map from its time t in [0, 1] to sigma. `vp` is a table over 1,000 training steps (DDPM,
+step i at t = (i + 1) / 1000), `flow` the straight line sigma = t / (1 - t), `edm` the rho = 7 curve of Karras et al.
+A resolution shift multiplies sigma: for flow that is exactly SD3's t' = s t / (1 + (s - 1) t) (Esser et al. 2024,
+Eq. 23), for vp the shifted log-SNR of simple diffusion (Hoogeboom et al. 2023).
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ldm.diffusion.spacings import SPACINGS, TRAIN_STEPS
+from ldm.errors import UserError, nearest
+from ldm.shapes import Sigma, Sigmas
+
+Map = Callable[[Tensor], Tensor]
+
+# Beyond sigma 80 less than 1/6400 of the signal's power is left: curves even in some function of sigma would spend
+# steps there on nothing, since flow reaches 999 and zero terminal SNR 4096.
+BLIND = 80.0
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """Settings of a schedule; a field left None takes the value of its kind.
+
+    betas, beta_range, zero_snr: of vp alone. shift: factor on sigma. density: of training noise levels, `uniform` in
+    time (what vp does by itself) or `lognormal` in sigma with `mean` and `std` of ln sigma (flow 0 and 1, edm -1.2 and
+    1.2): for flow that is SD3's logit-normal density of t.
+    """
+
+    kind: Literal["vp", "flow", "edm"] = "vp"
+    betas: Literal["linear", "scaled_linear", "cosine", "sigmoid"] = "scaled_linear"
+    beta_range: tuple[float, float] | None = None
+    zero_snr: bool = False
+    shift: float = 1.0
+    density: Literal["uniform", "lognormal"] | None = None
+    mean: float | None = None
+    std: float | None = None
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """A noise schedule: three maps and a training density, all computed in float64."""
+
+    config: ScheduleConfig
+    sigma: Map  # time in [0, 1] -> sigma, clamped to the range
+    at: Map  # training step 0..999 -> sigma
+    label_of: Map  # sigma -> what the network is told
+    sigma_min: float
+    sigma_max: float
+    window: tuple[float, float]  # least and greatest level of the curves even in a function of sigma
+
+    def label(self, sigma: Sigma) -> Tensor:
+        """What the network is told: the training step 0..999 (vp), 1000 t (flow), ln(sigma) / 4 (edm)."""
+        return self.label_of(sigma.double()).to(sigma.dtype)
+
+    def steps(self, n: int, spacing: str | Sequence[float] = "trailing") -> Sigmas:
+        """The n + 1 falling levels of a run, float64; the last is 0. An explicit list of levels is taken as it is."""
+        if not isinstance(spacing, str):
+            return torch.tensor(spacing, dtype=torch.float64)
+        if spacing not in SPACINGS:
+            known = ", ".join(SPACINGS)
+            raise UserError(f"unknown spacing {spacing!r}{nearest(spacing, list(SPACINGS))}: choose one of {known}")
+        if n < 1:
+            raise UserError(f"steps is {n}: needs at least 1")
+        return torch.cat([SPACINGS[spacing](self, n), torch.zeros(1, dtype=torch.float64)])
+
+    def quantile(self, u: Tensor) -> Tensor:
+        """The level below which a share u of training falls; even u in (0, 1) stratify the density."""
+        config, wide = self.config, u.double()
+        if (config.density or ("uniform" if config.kind == "vp" else "lognormal")) == "uniform":
+            # A table has 1,000 levels: draw one of them, never one between.
+            time = (wide * TRAIN_STEPS).ceil() / TRAIN_STEPS if config.kind == "vp" else wide
+            return self.sigma(time).to(u.dtype)
+        mean, std = (-1.2, 1.2) if config.kind == "edm" else (0.0, 1.0)
+        mean = (mean if config.mean is None else config.mean) + math.log(config.shift)
+        std = std if config.std is None else config.std
+        return (mean + std * torch.special.ndtri(wide)).exp().clamp(self.sigma_min, self.sigma_max).to(u.dtype)
+
+    def sample(self, n: int, rng: torch.Generator) -> Sigma:
+        """n training levels, float32, from a CPU generator."""
+        return self.quantile(torch.rand(n, generator=rng, dtype=torch.float64)).float()
+
+    def start(self, sigma: float) -> float:
+        """The scale of the initial noise: the deviation of x at this level when latents have unit deviation."""
+        return math.hypot(1.0, sigma)
+
+
+def make_schedule(config: ScheduleConfig) -> Schedule:
+    """Build the schedule that a config describes; UserError for settings that cannot be."""
+    if config.shift <= 0:
+        raise UserError(f"shift is {config.shift}: needs a factor above 0")
+    if config.std is not None and config.std <= 0:
+        raise UserError(f"std is {config.std}: needs a deviation above 0")
+    return {"vp": _vp, "flow": _flow, "edm": _edm}[config.kind](config)
+
+
+def resolution_shift(tokens: float, base: float = 256.0) -> float:
+    """SD3's factor on sigma for a latent of `tokens` cells where the schedule was made for `base`: sqrt(m / n)."""
+    return math.sqrt(tokens / base)
+
+
+def _vp(config: ScheduleConfig) -> Schedule:
+    abar = _zero_snr(alphas_bar(config)) if config.zero_snr else alphas_bar(config)
+    table = ((1 - abar) / abar).sqrt() * config.shift
+    logs, steps = _Table(table.log()), _Table(torch.arange(TRAIN_STEPS, dtype=torch.float64))
+
+    def at(step: Tensor) -> Tensor:
+        return _interpolate(step, steps, logs).exp()
+
+    def sigma(time: Tensor) -> Tensor:
+        return at(time * TRAIN_STEPS - 1)
+
+    def label(level: Tensor) -> Tensor:
+        return _interpolate(level.log(), logs, steps)
+
+    low, high = float(table[0]), float(table[-1])
+    return Schedule(config, sigma, at, label, low, high, (low, min(high, BLIND)))
+
+
+def _flow(config: ScheduleConfig) -> Schedule:
+    shift, first, last = config.shift, 0.001, 0.999  # t = 1 is sigma = infinity
+
+    def sigma(time: Tensor) -> Tensor:
+        t = time.clamp(first, last)
+        return shift * t / (1 - t)
+
+    low, high = shift * first / (1 - first), shift * last / (1 - last)
+    # The noise of a unit-deviation latent is out of sight below 0.02. A last step from far above to far below that
+    # would be endless in log sigma, where multistep solvers extrapolate.
+    floor = max(low, 0.02)
+    lowest = floor / (shift + floor)
+
+    def at(step: Tensor) -> Tensor:
+        return sigma(lowest + (last - lowest) * step / (TRAIN_STEPS - 1))
+
+    def label(level: Tensor) -> Tensor:
+        return TRAIN_STEPS * level / (1 + level)
+
+    return Schedule(config, sigma, at, label, low, high, (floor, min(high, BLIND)))
+
+
+def _edm(config: ScheduleConfig) -> Schedule:
+    low, high, rho = 0.002 * config.shift, 80.0 * config.shift, 7.0
+
+    def sigma(time: Tensor) -> Tensor:
+        return (low ** (1 / rho) * (1 - time) + high ** (1 / rho) * time) ** rho
+
+    def at(step: Tensor) -> Tensor:
+        return sigma(step / (TRAIN_STEPS - 1))
+
+    return Schedule(config, sigma, at, lambda level: level.log() / 4, low, high, (low, high))
+
+
+def alphas_bar(config: ScheduleConfig) -> Tensor:
+    """The share of signal power left after each of the 1,000 training steps: (1000,), falling."""
+    if config.betas == "cosine":  # Nichol & Dhariwal 2021, Eq. 17, betas clipped at 0.999
+
+        def share(time: Tensor) -> Tensor:
+            return ((time + 0.008) / 1.008 * math.pi / 2).cos() ** 2
+
+        grid = torch.linspace(0, 1, TRAIN_STEPS + 1, dtype=torch.float64)
+        return (share(grid[1:]) / share(grid[:-1])).clamp(min=0.001).cumprod(0)
+    linear = config.betas != "scaled_linear"
+    low, high = config.beta_range or ((1e-4, 0.02) if linear else (0.00085, 0.012))
+    if not 0 < low < high < 1:
+        raise UserError(f"beta_range is [{low}, {high}]: needs 0 < first < last < 1")
+    if config.betas == "sigmoid":  # GeoDiff (Xu et al. 2022)
+        betas = torch.linspace(-6, 6, TRAIN_STEPS, dtype=torch.float64).sigmoid() * (high - low) + low
+    elif linear:
+        betas = torch.linspace(low, high, TRAIN_STEPS, dtype=torch.float64)
+    else:
+        betas = torch.linspace(low**0.5, high**0.5, TRAIN_STEPS, dtype=torch.float64) ** 2
+    return (1 - betas).cumprod(0)
+
+
+def _zero_snr(abar: Tensor) -> Tensor:
+    """Stretch sqrt(abar) to end at zero (Lin et al. 2024, algorithm 1); 2^-24 in its place keeps sigma finite."""
+    root = abar.sqrt()
+    root = (root - root[-1]) * root[0] / (root[0] - root[-1])
+    return (root**2).clamp(min=2.0**-24)
+
+
+class _Table:
+    """A table of numbers, copied once to each device that asks."""
+
+    def __init__(self, values: Tensor) -> None:
+        self.copies = {values.device: values}
+
+    def on(self, device: torch.device) -> Tensor:
+        if device not in self.copies:
+            self.copies[device] = next(iter(self.copies.values())).to(device)
+        return self.copies[device]
+
+
+def _interpolate(x: Tensor, knots: _Table, values: _Table) -> Tensor:
+    """Piecewise linear, exact on the knots, constant beyond them."""
+    xs, ys = knots.on(x.device), values.on(x.device)
+    x = x.clamp(xs[0], xs[-1])
+    right = torch.searchsorted(xs, x).clamp(1, len(xs) - 1)
+    left = right - 1
+    return torch.lerp(ys[left], ys[right], (x - xs[left]) / (xs[right] - xs[left]))
