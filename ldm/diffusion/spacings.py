@@ -5,7 +5,7 @@ after a curve (karras, exponential, ...) are even in a function of sigma, over t
 """
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from ldm.errors import UserError
 TRAIN_STEPS = 1000
 
 
+@runtime_checkable  # for the tests, which check annotations as they run
 class Noising(Protocol):
     """What a spacing needs to know of a schedule."""
 

@@ -44,7 +44,7 @@ def test_a_network_that_hits_its_target_denoises_exactly(name: str) -> None:
 )
 def test_the_targets_are_those_of_the_papers(name: str, target) -> None:  # type: ignore[no-untyped-def]
     x0, noise, s = draw(2, 3, 2, 2), draw(2, 3, 2, 2, seed=1), 1.7
-    sigma = torch.full((2,), s).double()
+    sigma = torch.full((2,), s, dtype=torch.float64)
     wanted = target(x0, noise, s)
     loss = diffusion_loss(lambda z, label, cond: wanted, PREDICTIONS[name], SCHEDULE, x0, sigma, noise, None)
     assert loss.max() < 1e-24
