@@ -1,0 +1,67 @@
+"""Captions for training: cleaned, made from columns by templates, each kept once."""
+
+import re
+import string
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ldm.errors import UserError, nearest
+
+_SPACES = re.compile(r"\s+")
+_SOURCE = re.compile(r"([\w.-]+):(?=\S)")
+_SPOKEN_VOWEL = re.compile(r"\b([Aa]) (?=(?!uni|use|usu|eu|one\b|once\b)[aeiou])", re.IGNORECASE)
+_PHRASE = re.compile(r"(a|an|the) |.* of ", re.IGNORECASE)  # "a satellite image of a river" takes no article or colour
+_PLURAL = re.compile(r".*[^suiaeo']s$", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Template:
+    """`a {colour} {name}`: a caption made of columns; for one source only where it starts with `source:`."""
+
+    given: str
+    source: str
+    text: str
+
+    def fill(self, columns: Mapping[str, Any]) -> str:
+        """The caption; empty where a column is missing or empty, or where its value would not read well in it."""
+        values = {field: str(columns.get(field) or "").strip() for field in self.fields()}
+        if not all(values.values()):
+            return ""
+        if any(map(_PHRASE.match, values.values())):
+            return ""
+        if self.text.startswith(("a ", "an ")) and any(_PLURAL.match(values[field]) for field in self.fields()[-1:]):
+            return ""
+        return _SPOKEN_VOWEL.sub(r"\1n ", clean(self.text.format(**values)))
+
+    def fields(self) -> list[str]:
+        """The columns it is made of, in order."""
+        return [field for _, field, _, _ in string.Formatter().parse(self.text) if field is not None]
+
+
+def read_templates(texts: Sequence[str], sources: Sequence[str]) -> list[Template]:
+    """Templates as typed. UserError for braces that do not close and for a source that is not among `sources`."""
+    templates = []
+    for text in texts:
+        source = match[1] if (match := _SOURCE.match(text)) else ""
+        if source and source not in sources:
+            raise UserError(f"no source is called {source!r}, as in {text!r}{nearest(source, list(sources))}")
+        template = Template(text, source, text.removeprefix(f"{source}:").strip() if source else text.strip())
+        try:
+            fields = template.fields()
+        except ValueError as error:
+            raise UserError(f"caption template {text!r} cannot be read: {error}") from None
+        if not all(re.fullmatch(r"\w+", field) for field in fields):
+            raise UserError(f"caption template {text!r} needs plain column names such as {{name}} in its braces")
+        templates.append(template)
+    return templates
+
+
+def clean(text: str) -> str:
+    """Text on one line, without space at its ends."""
+    return _SPACES.sub(" ", text).strip()
+
+
+def own_captions(columns: Mapping[str, Any], limit: int | None) -> list[str]:
+    """The first `limit` captions that came with a picture, cleaned, each once."""
+    return list(dict.fromkeys(filter(None, map(clean, columns["captions"]))))[:limit]

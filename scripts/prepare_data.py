@@ -1,0 +1,81 @@
+"""Turn pictures with captions into shards for training.
+
+A source is a folder of images (captions in `metadata.jsonl` or `metadata.csv`, or in a .txt beside each), a .parquet
+file with an image column and caption columns, or shards. Run the same command again to go on after a stop.
+
+    python scripts/prepare_data.py photos/ more.parquet --out data/mine --size 128 --holdout 0.02
+
+The embedded model's corpus:
+
+    python scripts/prepare_data.py corpus/*.parquet --out data/corpus --size 128 --holdout 0.02 \\
+        --max-captions 3 --caption-template "a {colour} {name}" --caption-template "{colour} {name}"
+"""
+
+import os
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from ldm.data.prepare import PrepareConfig, per_source, prepare
+from ldm.errors import Parser, script
+
+
+class Rate(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        return Text(f"{task.speed or 0:.0f}/s")
+
+
+@script
+def main() -> None:
+    parser = Parser(__doc__)
+    parser.add_argument("sources", nargs="+", metavar="SOURCE", help="folder, .parquet file or shards")
+    parser.add_argument("--out", required=True, help="folder for the shards, manifest.json and report.json")
+    parser.add_argument("--size", type=int, default=128, help="pixels of the shorter side (128)")
+    parser.add_argument("--format", choices=("webp", "jpg", "png"), help="write this (keep bytes that fit, else webp)")
+    parser.add_argument("--quality", type=int, default=90, help="of webp and jpg (90)")
+    parser.add_argument("--shard-size", type=int, default=2000, help="samples in a shard (2000)")
+    parser.add_argument("--holdout", type=float, default=0.0, help="share kept for validation in OUT/val (0)")
+    parser.add_argument("--caption-template", action="append", default=[], metavar="[SOURCE:]TEXT",
+                        help='a caption made of columns, such as "a {colour} {name}"; may be repeated')  # fmt: skip
+    parser.add_argument("--max-captions", action="append", default=[], metavar="[SOURCE:]N",
+                        help="keep the first N captions of a picture, beside those from templates")  # fmt: skip
+    parser.add_argument("--limit-per-source", type=int, metavar="N", help="at most N pictures of each source")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (all cores)")
+    given = vars(parser.parse_args())
+    sources, templates, most = given.pop("sources"), given.pop("caption_template"), given.pop("max_captions")
+    config = PrepareConfig(**given, templates=tuple(templates), max_captions=per_source(most))
+    with Progress(
+        BarColumn(), MofNCompleteColumn(), Rate(), TimeRemainingColumn(), console=Console(stderr=True)
+    ) as bar:
+
+        def show(done: int, total: int) -> None:  # the first call says what an earlier run has done
+            task = bar.tasks[0].id if bar.tasks else bar.add_task("", total=total, completed=done)
+            bar.update(task, completed=done)
+
+        report = prepare(sources, config, show)
+    print_report(report, config.out)
+
+
+def print_report(report: dict, out: str) -> None:
+    console = Console()
+    held = report.get("validation", {"kept": {}, "samples": 0, "refused": {}})
+    table = Table("source", "offered", "training", "validation")
+    for name, offered in report["offered"].items():
+        table.add_row(name, str(offered), str(report["kept"][name]), str(held["kept"].get(name, 0)))
+    console.print(table)
+    for part in (report, held):
+        for reason, about in part["refused"].items():
+            console.print(f"refused {about['count']}: {reason}, such as {about['examples'][0]}", markup=False)
+    for template in (text for text, used in report["templates"].items() if not used):
+        console.print(f"template {template!r} made no caption: are its columns there?", markup=False)
+    console.print(f"{report['samples']} + {held['samples']} samples in {out}, see {out}/report.json", markup=False)
+
+
+if __name__ == "__main__":
+    main()
