@@ -16,7 +16,11 @@ FLOORS = (
     {"serving", "scripts"},
 )
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
-SIBLINGS = {("training", "pipeline"), ("training", "evaluation")}  # previews and metrics
+SIBLINGS = {
+    ("training", "pipeline"),  # previews
+    ("training", "evaluation"),  # metrics
+    ("recipe", "images"),  # a recipe lives in a picture's file
+}
 ORACLES = {"diffusers", "transformers", "pytest", "hypothesis", "beartype"}  # tests may, the package may not
 
 

@@ -1,0 +1,94 @@
+"""Pictures as files: tensors in [-1, 1] to pixels, grids, and PNGs that appear whole or not at all."""
+
+import io
+import math
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from jaxtyping import UInt8
+from PIL import Image as Pillow
+from PIL.PngImagePlugin import PngInfo
+from torch import Tensor
+
+from ldm.checkpoints.files import atomic_write
+from ldm.errors import UserError
+from ldm.shapes import Image
+
+Pixels = UInt8[Tensor, "b h w 3"]
+PILLOW_ERRORS = (OSError, ValueError, SyntaxError, Pillow.DecompressionBombError)  # what a broken file has raised
+
+
+def to_pixels(images: Image) -> Pixels:
+    """(b, 3, h, w) in [-1, 1] -> (b, h, w, 3) bytes on the CPU, rounded; what lies outside is clipped."""
+    scaled = (images.float().clamp(-1, 1) + 1) * 127.5
+    return scaled.round().to(torch.uint8).permute(0, 2, 3, 1).cpu()
+
+
+def grid(pixels: Pixels, columns: int = 0) -> Pixels:
+    """(b, h, w, 3) -> (1, H, W, 3): row by row, 2 pixels of white between; 0 columns: as square as may be."""
+    b, h, w, _ = pixels.shape
+    columns = columns or math.ceil(math.sqrt(b))
+    rows, gap = math.ceil(b / columns), 2
+    sheet = torch.full((1, rows * (h + gap) - gap, columns * (w + gap) - gap, 3), 255, dtype=torch.uint8)
+    for i, picture in enumerate(pixels):
+        top, left = i // columns * (h + gap), i % columns * (w + gap)
+        sheet[0, top : top + h, left : left + w] = picture
+    return sheet
+
+
+def sheet(batches: Sequence[Pixels], columns: int = 0) -> UInt8[Tensor, "h w 3"]:
+    """All pictures of a run on one sheet; of one picture, or 1 to a row, as square as may be."""
+    return grid(torch.cat([*batches]), columns if columns > 1 else 0)[0]
+
+
+def png(pixels: UInt8[Tensor, "h w 3"], text: Mapping[str, str] | None = None) -> bytes:
+    """A PNG file of one picture, with text chunks (Latin-1 where it suffices, else UTF-8)."""
+    info = PngInfo()
+    for key, value in (text or {}).items():
+        info.add_text(key, value)
+    file = io.BytesIO()
+    Pillow.fromarray(pixels.numpy()).save(file, format="png", pnginfo=info)
+    return file.getvalue()
+
+
+def read_text(path: str | Path) -> dict[str, str]:
+    """The text chunks of a PNG that stand before its pixels, which are not decoded. UserError for another file."""
+    try:
+        with Pillow.open(path, formats=["PNG"]) as picture:
+            return {str(key): str(value) for key, value in picture.info.items() if isinstance(value, str)}
+    except PILLOW_ERRORS as error:
+        raise UserError(f"cannot read {str(path)!r} as a PNG: {error}") from None
+
+
+def folder(path: str | Path) -> Path:
+    """Make a folder for pictures; UserError where it cannot be one."""
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write pictures to {str(path)!r}: {error.strerror}") from None
+    return Path(path)
+
+
+def save_next(data: bytes, into: Path, prefix: str = "", digits: int = 5) -> Path:
+    """Write a PNG under the next free number, `into/{prefix}{number}.png`, and return its path.
+
+    The file appears whole or not at all, and never in place of another, however many processes write.
+    """
+    name = re.compile(re.escape(prefix) + r"(\d+)\.png")
+    try:
+        number = 1 + max((int(m[1]) for p in into.iterdir() if (m := name.fullmatch(p.name))), default=-1)
+        while True:
+            path = into / f"{prefix}{number:0{digits}d}.png"
+            try:
+                atomic_write(path, lambda temporary: _write(temporary, data), replace=False)
+                return path
+            except FileExistsError:  # somebody else took the number meanwhile
+                number += 1
+    except OSError as error:
+        raise UserError(f"cannot write a picture to {str(into)!r}: {error.strerror}") from None
+
+
+def _write(path: Path, data: bytes) -> None:
+    path.write_bytes(data)

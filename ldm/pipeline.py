@@ -1,0 +1,196 @@
+"""From a prompt to a picture: load a model once, then complete, sample and decode requests.
+
+pipeline = load("embedded")
+image = pipeline.txt2img(Request("a red apple", seed=1))  # (1, 3, h, w) in [-1, 1]
+"""
+
+import copy
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from ldm.checkpoints import native
+from ldm.checkpoints.files import sha256
+from ldm.diffusion.guidance import cfg
+from ldm.diffusion.noise import SeededNoise
+from ldm.diffusion.samplers import Step, find_sampler
+from ldm.errors import UserError, nearest
+from ldm.recipe import Made, Recipe, Request, versions
+from ldm.shapes import Image, Latent
+
+ASSETS = Path(__file__).parent / "assets"
+EMBEDDED = "embedded"
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+MAX_SIDE, MAX_STEPS, MAX_SEED = 8192, 1000, 2**63 - 1
+
+
+class Batch(NamedTuple):
+    """Pictures made at once, and the rows of them that are wanted."""
+
+    requests: list[Request]
+    rows: slice
+
+
+def batches(requests: Sequence[Request], size: int, made: Made | None = None) -> list[Batch]:
+    """Split the requests of a run into batches. A single one takes the place in a batch that `made` tells of.
+
+    There it is among as many others as when it was first made, and so the same to the last bit.
+    """
+    if made and len(requests) == 1:
+        return [Batch([*requests] * made.batch, slice(made.row, made.row + 1))]
+    parts = [list(requests[i : i + size]) for i in range(0, len(requests), size)]
+    return [Batch(part, slice(len(part))) for part in parts]
+
+
+def find(model: str) -> Path:
+    """The file of a model: one in the package by its name, else a path. UserError where there is none."""
+    packaged = {path.stem: path for path in ASSETS.glob("*.safetensors")}
+    path = packaged.get(model, Path(model))
+    if not path.is_file():
+        known = ", ".join(packaged) or "none in this copy"
+        raise UserError(f"no model {model!r}{nearest(model, list(packaged))}: give a file, or a packaged one ({known})")
+    return path
+
+
+def choose(device: str = "auto", precision: str = "auto") -> tuple[torch.device, str]:
+    """Resolve `auto`: CUDA where there is one; bf16 on CUDA, fp32 elsewhere. UserError for what is not here."""
+    try:
+        chosen = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+        torch.empty(1, device=chosen).add(1)
+    except (RuntimeError, AssertionError, NotImplementedError):
+        raise UserError(f"device {device!r} cannot be used here: try auto or cpu") from None
+    if precision == "auto":
+        precision = "bf16" if chosen.type == "cuda" else "fp32"
+    if precision not in PRECISIONS:
+        known = ", ".join(["auto", *PRECISIONS])
+        raise UserError(f"unknown precision {precision!r}{nearest(precision, list(PRECISIONS))}: choose one of {known}")
+    return chosen, precision
+
+
+def load(model: str = EMBEDDED, device: str = "auto", precision: str = "auto") -> "Pipeline":
+    """Load a model by its name in the package or by its path.
+
+    UserError for a file that is no model, or one that holds an autoencoder alone.
+    """
+    path = find(model)
+    where, precision = choose(device, precision)
+    loaded = native.load(path, where, PRECISIONS[precision])
+    made = Made(path.stem, sha256(path), str(where), precision, versions(), torch.get_num_threads())
+    return Pipeline(loaded, made)
+
+
+class Pipeline:
+    """A model that paints. One Request is one picture, its seed its own: company in a batch does not change it."""
+
+    def __init__(self, model: native.Model, made: Made) -> None:
+        self.model = model
+        self.made = made
+        self.denoiser = model.denoiser()
+        assert model.backbone is not None and model.conditioner is not None  # a denoiser has both
+        self.conditioner = model.conditioner
+        self.multiple = model.autoencoder.factor * model.backbone.config.factor
+
+    def complete(self, request: Request) -> Request:
+        """Fill in the model's defaults. UserError, with the value and a remedy, for what the model cannot paint."""
+        spec = self.model.spec
+        size = {"width": spec.image_size, "height": spec.image_size}
+        defaults = size | {f.name: getattr(spec.defaults, f.name) for f in fields(spec.defaults)}
+        r = replace(request, **{name: value for name, value in defaults.items() if getattr(request, name) is None})
+        assert r.steps is not None and r.cfg_scale is not None and r.width is not None and r.height is not None
+        if not r.prompt.strip():
+            raise UserError("the prompt is empty: say what to paint")
+        find_sampler(str(r.sampler))
+        _between("steps", r.steps, 1, MAX_STEPS)
+        self.denoiser.schedule.steps(r.steps, str(r.schedule))
+        _between("seed", r.seed, 0, MAX_SEED)
+        if not math.isfinite(r.cfg_scale):
+            raise UserError(f"cfg scale is {r.cfg_scale}: give a number such as {spec.defaults.cfg_scale:g}")
+        for name, side in (("width", r.width), ("height", r.height)):
+            _between(name, side, self.multiple, MAX_SIDE)
+            if side % self.multiple:
+                low = side // self.multiple * self.multiple
+                raise UserError(
+                    f"{name} {side} is not a multiple of {self.multiple}, which this model needs: "
+                    f"try {low} or {low + self.multiple}"
+                )
+        return r
+
+    def requests(self, base: Request, prompts: Sequence[str], n: int = 1) -> list[Request]:
+        """Complete requests for n pictures of each prompt, in order; picture i of the run has seed base.seed + i."""
+        wanted = [prompt for prompt in prompts for _ in range(n)]
+        return [self.complete(replace(base, prompt=p, seed=base.seed + i)) for i, p in enumerate(wanted)]
+
+    @torch.no_grad()
+    def sample(self, requests: Sequence[Request]) -> Iterator[Step]:
+        """The steps of one batch; `decode(step.x0)` is a preview, and the last step's x the pictures.
+
+        The requests may differ in prompt, negative and seed alone (ValueError).
+        """
+        requests = [self.complete(request) for request in requests]
+        r = requests[0]
+        if any(replace(r, prompt=o.prompt, negative=o.negative, seed=o.seed) != o for o in requests):
+            raise ValueError("requests of one batch differ in more than prompt, negative and seed")
+        assert r.sampler and r.schedule and r.steps and r.width and r.height and r.cfg_scale is not None
+        schedule, factor = self.denoiser.schedule, self.model.autoencoder.factor
+        both = self.conditioner([o.prompt for o in requests] + [o.negative for o in requests])
+        cond, uncond = both[: len(requests)], both[len(requests) :]
+        denoise = cfg(self.denoiser, cond, uncond, r.cfg_scale)
+        sigmas = schedule.steps(r.steps, r.schedule)
+        noise = SeededNoise([o.seed for o in requests])
+        shape = (len(requests), self.model.spec.autoencoder.z_channels, r.height // factor, r.width // factor)
+        x = noise(torch.empty(shape, device=self.made.device)) * schedule.start(float(sigmas[0]))
+        yield from find_sampler(r.sampler)(denoise, x, sigmas, noise)
+
+    @torch.no_grad()
+    def decode(self, latents: Latent) -> Image:
+        """Pictures of latents, one at a time to keep memory small; UserError where they are not finite even in fp32."""
+        return torch.cat([self._decode(latent) for latent in latents.split(1)])
+
+    def _decode(self, latent: Latent) -> Image:
+        autoencoder = self.model.autoencoder
+        image = autoencoder.decode(latent.to(PRECISIONS[self.made.precision])).float()
+        if not image.isfinite().all():  # half precision overflows in some decoders
+            image = copy.deepcopy(autoencoder).float().decode(latent.float())
+        if not image.isfinite().all():
+            raise UserError("the picture came out as NaN, in fp32 too: nothing was written; try --precision fp32")
+        return image
+
+    def txt2img(self, *requests: Request) -> Image:
+        """(b, 3, h, w) in [-1, 1]: a picture for each request, made as one batch."""
+        *_, last = self.sample(requests)
+        return self.decode(last.x)
+
+    def recipes(self, batch: Batch) -> list[Recipe]:
+        """The recipe of each wanted picture of a batch."""
+        size = len(batch.requests)
+        made = [replace(self.made, batch=size, row=row) for row in range(size)]
+        return [Recipe(self.complete(r), m) for r, m in zip(batch.requests, made, strict=True)][batch.rows]
+
+    def check(self, made: Made) -> None:
+        """UserError where a picture was made with another model than this."""
+        if made.model_hash != self.made.model_hash:
+            theirs, ours = (f"{m.model!r} ({m.model_hash[:10]})" for m in (made, self.made))
+            raise UserError(f"the picture was made with the model {theirs}, not {ours}: give that file as --model")
+
+    def notes(self, requests: Sequence[Request]) -> list[str]:
+        """What a person wants to know before it starts: one line for the run, one for each prompt that is too long."""
+        r, made, n = requests[0], self.made, len(requests)
+        seeds = f"seed {r.seed}" if n == 1 else f"seeds {r.seed} to {requests[-1].seed}"
+        lines = [
+            f"{seeds}: {n} of {r.width}x{r.height}, {r.sampler}, {r.schedule}, {r.steps} steps, cfg {r.cfg_scale:g}; "
+            f"model {made.model} {made.model_hash[:10]} on {made.device} in {made.precision}"
+        ]
+        texts = list(dict.fromkeys(text for r in requests for text in (r.prompt, r.negative)))
+        cuts = zip(texts, self.conditioner.tokenizer(texts)[1], strict=True)
+        return lines + [
+            f"note: the last {n} tokens of {text[:40]!r}... are not read: too long" for text, n in cuts if n
+        ]
+
+
+def _between(what: str, value: int, least: int, most: int) -> None:
+    if not least <= value <= most:
+        raise UserError(f"{what} is {value}: choose between {least} and {most}")

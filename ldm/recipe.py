@@ -1,0 +1,133 @@
+"""What a picture was made from, and how it is written into the picture's own file."""
+
+import json
+import platform
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import ldm
+from ldm import config, images
+from ldm.errors import UserError
+
+CHUNK = "ldm"  # the PNG text chunk that holds a Recipe as JSON
+FORMAT = 1
+MAX_BATCH = 256
+# AUTOMATIC1111's web UI has these names for ours, so that its users and tools can read the `parameters` chunk.
+A1111_SAMPLERS = {"ddim": "DDIM", "euler": "Euler", "euler_a": "Euler a", "dpmpp_2m": "DPM++ 2M"}
+
+
+@dataclass(frozen=True)
+class Request:
+    """One picture to be made. What is None is the model's own default (`Pipeline.complete` fills it in).
+
+    seed: of all the noise of this picture; schedule: how the steps are spaced over the noise levels; sizes in pixels.
+    """
+
+    prompt: str
+    negative: str = ""
+    seed: int = 0
+    sampler: str | None = None
+    schedule: str | None = None
+    steps: int | None = None
+    cfg_scale: float | None = None
+    width: int | None = None
+    height: int | None = None
+
+
+@dataclass(frozen=True)
+class Made:
+    """By what a picture was made: together with the Request this decides every bit of it on one machine.
+
+    model: a name and never a path, for a picture should not tell of the disk it was made on; model_hash: the file's
+    sha256. batch, row: its place among those made at once, as the last bits of arithmetic differ with the batch's size.
+    """
+
+    model: str = ""
+    model_hash: str = ""
+    device: str = "auto"
+    precision: str = "auto"
+    versions: dict[str, str] = field(default_factory=dict)
+    threads: int = 0
+    batch: int = 1
+    row: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.row < self.batch <= MAX_BATCH:
+            raise ValueError(f"row {self.row} of a batch of {self.batch} is not a place in at most {MAX_BATCH}")
+
+
+def versions() -> dict[str, str]:
+    """Versions of what computes."""
+    return {"ldm": ldm.__version__, "torch": torch.__version__, "python": platform.python_version()}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A complete Request and its Made: everything to make the picture again."""
+
+    request: Request
+    made: Made
+    format: int = FORMAT
+
+    def text(self) -> dict[str, str]:
+        """The PNG text chunks: A1111's `parameters`, and our own with everything."""
+        return {"parameters": self.parameters(), CHUNK: json.dumps(config.to_dict(self), ensure_ascii=False)}
+
+    def parameters(self) -> str:
+        """The recipe as AUTOMATIC1111's web UI writes it."""
+        r, made = self.request, self.made
+        sampler = A1111_SAMPLERS.get(r.sampler or "", r.sampler)
+        fields: dict[str, Any] = {
+            "Steps": r.steps,
+            "Sampler": f"{sampler} Karras" if r.schedule == "karras" else sampler,
+            "CFG scale": f"{r.cfg_scale:g}",
+            "Seed": r.seed,
+            "Size": f"{r.width}x{r.height}",
+            "Model hash": made.model_hash[:10],
+            "Model": made.model,
+        }
+        negative = [f"Negative prompt: {r.negative}"] if r.negative else []
+        return "\n".join([r.prompt, *negative, ", ".join(f"{key}: {_quote(value)}" for key, value in fields.items())])
+
+
+def _quote(value: Any) -> str:
+    """Text as it is, or as a JSON string where it holds what separates the fields."""
+    text = str(value)
+    return json.dumps(text, ensure_ascii=False) if set(text) & set(',:\n"') else text
+
+
+def fresh(seed: int) -> Recipe:
+    """A recipe in which nothing is decided but the seed."""
+    return Recipe(Request("", seed=seed), Made())
+
+
+def read(path: str | Path) -> Recipe:
+    """The recipe in a PNG of ours, read strictly: the file may come from anybody. UserError where there is none."""
+    text = images.read_text(path).get(CHUNK)
+    if text is None:
+        raise UserError(
+            f"{str(path)!r} holds no recipe: --from-image needs a picture that ldm wrote, not a grid or an edit"
+        )
+    try:
+        data = json.loads(text)
+        if isinstance(data, dict) and data.get("format") != FORMAT:
+            raise UserError(f"its format is {data.get('format')!r}, this version reads {FORMAT}")
+        return config.from_dict(Recipe, data)
+    except (ValueError, RecursionError) as error:  # UserError and JSONDecodeError are ValueErrors
+        raise UserError(f"the recipe in {str(path)!r} cannot be read: {error}") from None
+
+
+def read_prompts(path: str | Path) -> list[str]:
+    """The prompts in a text file, one a line; UserError where there is none."""
+    try:
+        lines = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines()]
+    except OSError as error:
+        raise UserError(f"cannot read prompts from {str(path)!r}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{str(path)!r} is not a text file in UTF-8: {error}") from None
+    if not any(lines):
+        raise UserError(f"{str(path)!r} holds no prompt: write one a line")
+    return [line for line in lines if line]
