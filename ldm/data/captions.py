@@ -11,8 +11,12 @@ from ldm.errors import UserError, nearest
 _SPACES = re.compile(r"\s+")
 _SOURCE = re.compile(r"([\w.-]+):(?=\S)")
 _SPOKEN_VOWEL = re.compile(r"\b([Aa]) (?=(?!uni|use|usu|eu|one\b|once\b)[aeiou])", re.IGNORECASE)
-_PHRASE = re.compile(r"(a|an|the) |.* of ", re.IGNORECASE)  # "a satellite image of a river" takes no article or colour
-_PLURAL = re.compile(r".*[^suiaeo']s$", re.IGNORECASE)
+_PHRASE = re.compile(r"(a|an|the) |.* of |.*[:,(#]", re.IGNORECASE)  # "a photo of a river" takes no article or colour
+_PLURAL = re.compile(r".*[^sui']s$", re.IGNORECASE)
+_ARTICLE = re.compile(r".*\ban? \{", re.IGNORECASE)
+_COLOUR = re.compile(
+    r".*\b(red|orange|yellow|green|blue|purple|pink|brown|black|white|gr[ea]y|teal|violet|gold|silver)\b", re.IGNORECASE
+)
 
 
 @dataclass(frozen=True)
@@ -30,8 +34,10 @@ class Template:
             return ""
         if any(map(_PHRASE.match, values.values())):
             return ""
-        if self.text.startswith(("a ", "an ")) and any(_PLURAL.match(values[field]) for field in self.fields()[-1:]):
+        if _ARTICLE.match(self.text) and _PLURAL.match(values[self.fields()[-1]]):
             return ""
+        if sum(bool(_COLOUR.match(value)) for value in values.values()) > 1:
+            return ""  # a brown heart that looks red is no "red brown heart"
         return _SPOKEN_VOWEL.sub(r"\1n ", clean(self.text.format(**values)))
 
     def fields(self) -> list[str]:
