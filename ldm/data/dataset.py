@@ -108,7 +108,7 @@ class ShardDataset:
 
     def __init__(self, shards: Shards, stream: Stream, config: DataConfig, tokenize: Tokenize | None = None) -> None:
         self.shards, self.stream, self.config = shards, stream, config
-        self.tokens = TokenMemo(tokenize) if tokenize else None
+        self.tokenize = TokenMemo(tokenize) if tokenize else None
 
     def __len__(self) -> int:
         return sum(self.shards.counts)
@@ -136,8 +136,8 @@ class ShardDataset:
             images[mirrored] = images[mirrored, :, ::-1]
         image = torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
         batch = Batch(image=image, caption=captions, key=keys, position=torch.from_numpy(places))
-        if self.tokens:
-            batch["tokens"] = self.tokens(captions)
+        if self.tokenize:
+            batch["tokens"] = self.tokenize(captions)
         return batch
 
     def _decode(self, shard: int, index: int) -> Any:

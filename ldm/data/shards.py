@@ -199,8 +199,7 @@ def _members_of_any_tar(path: Path) -> Iterator[tuple[str, int, int]]:
 class Shards:
     """Random access to the samples of many shards, found by their manifests, or by scanning where there is none.
 
-    `names` tells each shard apart from others of the same content place; `counts` holds the samples of each. Opening it
-    checks that each file has the size its manifest says.
+    `counts` holds the samples of each shard. Opening them checks that each file has the size its manifest says.
     """
 
     def __init__(self, pattern: str) -> None:
