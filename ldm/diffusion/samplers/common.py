@@ -4,9 +4,9 @@ A sampler is a generator (denoise, x, sigmas, noise, *, options) -> Step, Step, 
 in x = x0 + sigma * eps; levels are plain floats, so that all coefficients are arithmetic of Python.
 """
 
-import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -18,6 +18,7 @@ from ldm.errors import UserError
 State = Float[Tensor, "b ..."]
 Denoise = Callable[[Tensor, Tensor], Tensor]
 NoiseFn = Callable[[Tensor], Tensor]
+Levels = Sequence[float] | Tensor
 
 
 class Step(NamedTuple):
@@ -51,18 +52,18 @@ class Model:
         return x0
 
 
-def begin(denoise: Denoise, x: State, sigmas: Sequence[float] | Tensor) -> tuple[Model, State, list[float]]:
+def begin(denoise: Denoise, x: State, sigmas: Levels) -> tuple[Model, State, list[float]]:
     """The checked denoiser, the state in fp32 or wider, and the levels as floats. UserError where they do not fall."""
     grid: list[float] = sigmas.tolist() if isinstance(sigmas, Tensor) else [float(s) for s in sigmas]
     if len(grid) < 2:
         raise UserError(f"a run of {max(len(grid) - 1, 0)} steps: needs at least 1")
-    for s, t in itertools.pairwise(grid):
-        if not s > t >= 0:
-            raise UserError(f"noise levels must fall and stay at or above 0: {s:.5g} is followed by {t:.5g}")
+    for s, t in pairwise(grid):
+        if not math.inf > s > t >= 0:
+            raise UserError(f"noise levels must fall, finite and at or above 0: {s:.5g} is followed by {t:.5g}")
     return Model(denoise, grid), x.to(torch.promote_types(x.dtype, torch.float32)), grid
 
 
-def check_range(name: str, value: float, low: float, high: float) -> None:
+def check_range(name: str, value: float, low: float, high: float = math.inf) -> None:
     """UserError unless low <= value <= high."""
     if not low <= value <= high:
         raise UserError(f"{name} is {value}: needs a value from {low:g} to {high:g}")
@@ -73,5 +74,10 @@ def ancestral(s: float, t: float, eta: float) -> tuple[float, float]:
 
     eta 1 gives the variance of DDPM's posterior (Ho et al. 2020, Eq. 7), eta 0 no noise (Song et al. 2021, Eq. 16).
     """
-    up = eta * t * math.sqrt(s * s - t * t) / s
-    return math.sqrt(max(t * t - up * up, 0.0)), up
+    up = min(t, eta * t * math.sqrt(s * s - t * t) / s)
+    return math.sqrt(t * t - up * up), up
+
+
+def renoise(x: State, noise: NoiseFn, up: float) -> State:
+    """x with fresh noise of deviation `up`; none is drawn where up is 0."""
+    return x.add(noise(x), alpha=up) if up > 0 else x
