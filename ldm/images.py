@@ -26,8 +26,8 @@ def to_pixels(images: Image) -> Pixels:
     return scaled.round().to(torch.uint8).permute(0, 2, 3, 1).cpu()
 
 
-def grid(pixels: Pixels, columns: int = 0) -> Pixels:
-    """(b, h, w, 3) -> (1, H, W, 3): row by row, 2 pixels of white between; 0 columns: as square as may be."""
+def grid(pixels: Pixels, columns: int = 0) -> UInt8[Tensor, "1 height width 3"]:
+    """(b, h, w, 3) -> (1, height, width, 3): row by row, 2 pixels of white between; 0 columns: as square as may be."""
     b, h, w, _ = pixels.shape
     columns = columns or math.ceil(math.sqrt(b))
     rows, gap = math.ceil(b / columns), 2
@@ -38,7 +38,7 @@ def grid(pixels: Pixels, columns: int = 0) -> Pixels:
     return sheet
 
 
-def sheet(batches: Sequence[Pixels], columns: int = 0) -> UInt8[Tensor, "h w 3"]:
+def sheet(batches: Sequence[Pixels], columns: int = 0) -> UInt8[Tensor, "height width 3"]:
     """All pictures of a run on one sheet; of one picture, or 1 to a row, as square as may be."""
     return grid(torch.cat([*batches]), columns if columns > 1 else 0)[0]
 
