@@ -1,0 +1,90 @@
+"""Checkpoints that are whole or absent: a folder `checkpoints/00001000` made complete by one rename.
+
+It holds state.safetensors, state.json, and manifest.json with the sha256 of both; all are on the disk before the folder
+gets its name. Nothing is pickled. A damaged checkpoint is put aside, loudly, and the one before it serves.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ldm.checkpoints.files import sha256
+from ldm.errors import UserError
+
+TENSORS, STATE, MANIFEST = "state.safetensors", "state.json", "manifest.json"
+Saved = tuple[dict[str, Tensor], dict[str, Any]]
+
+
+def write(folder: Path, step: int, saved: Saved, keep: int) -> Path:
+    """Write the checkpoint of a step; only when it stands do those before the last `keep` go.
+
+    UserError where the disk is full or the folder cannot be written: older checkpoints are then all there.
+    """
+    target, partial = folder / f"{step:08d}", folder / f".{step:08d}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    tensors, state = saved
+    save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, partial / TENSORS)
+    (partial / STATE).write_text(json.dumps(state, indent=1))
+    digests = {name: sha256(partial / name) for name in (TENSORS, STATE)}
+    (partial / MANIFEST).write_text(json.dumps(digests, indent=1))
+    for path in (*partial.iterdir(), partial):
+        _flush(path)
+    if target.exists():
+        shutil.rmtree(target)
+    partial.rename(target)
+    _flush(folder)
+    for old in complete(folder)[: -max(keep, 1)]:
+        shutil.rmtree(old)
+    return target
+
+
+def complete(folder: Path) -> list[Path]:
+    """The checkpoints that have their name, oldest first."""
+    return sorted(path for path in folder.glob("*") if path.name.isdecimal() and path.is_dir())
+
+
+def newest(folder: Path, warn: Callable[[str], None]) -> tuple[Path, Saved] | None:
+    """The newest checkpoint whose files are what its manifest says; None where there is none.
+
+    Damaged ones are renamed to `damaged-*` and `warn` is told. UserError where all that are there are damaged.
+    """
+    for partial in folder.glob(".*.partial"):
+        shutil.rmtree(partial)
+    candidates = complete(folder)[::-1]
+    for path in candidates:
+        fault = _fault(path)
+        if fault is None:
+            return path, (load_file(path / TENSORS), json.loads((path / STATE).read_text()))
+        aside = path.with_name(f"damaged-{path.name}")
+        shutil.rmtree(aside, ignore_errors=True)
+        path.rename(aside)
+        warn(f"checkpoint {str(path)!r} is damaged ({fault}): it is now {aside.name!r}, the one before it is taken")
+    if candidates:
+        raise UserError(f"every checkpoint in {str(folder)!r} is damaged: start again in another --run folder")
+    return None
+
+
+def _fault(path: Path) -> str | None:
+    try:
+        digests = json.loads((path / MANIFEST).read_text())
+        for name in (TENSORS, STATE):
+            if sha256(path / name) != digests[name]:
+                return f"{name} is not what was written"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,138 @@
+# ruff: noqa: RUF009 - the defaults are frozen
+"""What a training run is told: frozen dataclasses, each field an option of the scripts (`--optim.lr 1e-4`)."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from ldm.checkpoints.native import SamplingDefaults
+from ldm.data.dataset import DataConfig
+from ldm.diffusion.schedules import ScheduleConfig
+from ldm.models.autoencoder import AutoencoderConfig
+from ldm.models.discriminator import DiscriminatorConfig
+from ldm.models.unet import UNetConfig
+from ldm.text.tower import TextConfig
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW. warmup: updates of linear rise; clip: largest gradient norm, 0 for none.
+
+    accumulate: parts that a process cuts its share of a batch into, to save memory.
+    """
+
+    lr: float = 1e-4
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = 0.01
+    warmup: int = 0
+    schedule: Literal["constant", "cosine"] = "constant"
+    clip: float = 1.0
+    accumulate: int = 1
+
+
+@dataclass(frozen=True)
+class EmaConfig:
+    """decay 0: the average is the last weights. warmup: begin with a short memory."""
+
+    decay: float = 0.9999
+    warmup: bool = True
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One step is one optimiser update over `batch_size` samples, whatever the number of processes.
+
+    `*_every` are in steps, 0 for the end only; keep: checkpoints that stay; validate_on: held-back images; trackers: of
+    accelerate, for curves.
+    """
+
+    steps: int
+    batch_size: int
+    seed: int = 0
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    checkpoint_every: int = 1000
+    keep: int = 2
+    sample_every: int = 1000
+    validate_every: int = 1000
+    validate_on: int = 256
+    log_every: int = 50
+    channels_last: bool = False
+    compile: bool = False
+    trackers: tuple[str, ...] = ("tensorboard",)
+    ema: EmaConfig = EmaConfig()
+
+
+@dataclass(frozen=True)
+class AutoencoderLoss:
+    """pixel + lpips * LPIPS + kl * KL + adversarial * lambda * GAN; a weight of 0 switches a term off.
+
+    kl: of nats per image value, so that the 1e-6 of CompVis' configs is 1e-6 here. lpips_weights: a file, see
+    `make weights`. adversarial_start: the first step with the discriminator. adaptive: lambda of VQGAN's Eq. 7, else 1.
+    """
+
+    pixel: Literal["l1", "l2"] = "l1"
+    kl: float = 1e-6
+    lpips: float = 1.0
+    lpips_weights: str = "weights/lpips_vgg.safetensors"
+    adversarial: float = 0.5
+    adversarial_start: int = 0
+    adaptive: bool = True
+
+
+@dataclass(frozen=True)
+class VaeRun:
+    """scripts/train_vae.py. statistics: images over which the latent's mean and deviation are measured."""
+
+    run: RunConfig
+    data: DataConfig
+    model: AutoencoderConfig = AutoencoderConfig()
+    discriminator: DiscriminatorConfig = DiscriminatorConfig()
+    loss: AutoencoderLoss = AutoencoderLoss()
+    optim: OptimConfig = OptimConfig(betas=(0.5, 0.9))
+    statistics: int = 2048
+
+
+@dataclass(frozen=True)
+class TextRun:
+    """The text tower. train: with the UNet, else frozen. weights: a model file whose tower it starts from."""
+
+    tower: TextConfig = TextConfig()
+    train: bool = True
+    weights: str = ""
+
+
+@dataclass(frozen=True)
+class DenoisingLoss:
+    """weighting: of the noise levels; caption_dropout: share of samples that see the empty caption, for guidance."""
+
+    weighting: Literal["uniform", "min_snr"] = "uniform"
+    caption_dropout: float = 0.1
+
+
+@dataclass(frozen=True)
+class Samples:
+    """The pictures painted while training: prompt i with seed + i."""
+
+    prompts: tuple[str, ...] = ("a red apple", "a blue sofa", "a brown horse", "a sunflower")
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class LdmRun:
+    """scripts/train_ldm.py. autoencoder: a model file, or `embedded` for the one inside the package.
+
+    cache: a folder for latents that are encoded once and then reused; empty: encode every batch. defaults: how pictures
+    are sampled, also by whoever uses the model without saying how.
+    """
+
+    run: RunConfig
+    data: DataConfig
+    autoencoder: str = "embedded"
+    backbone: UNetConfig = UNetConfig()
+    text: TextRun = TextRun()
+    prediction: Literal["eps", "v", "x0", "flow", "edm"] = "eps"
+    schedule: ScheduleConfig = ScheduleConfig()
+    loss: DenoisingLoss = DenoisingLoss()
+    optim: OptimConfig = OptimConfig()
+    cache: str = ""
+    samples: Samples = Samples()
+    defaults: SamplingDefaults = SamplingDefaults()

@@ -1,0 +1,83 @@
+"""The folder of a run: config.yaml, log.jsonl, samples, checkpoints, the model; and whether it may be gone on with."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from ldm import config, images
+from ldm.checkpoints.files import atomic_write
+from ldm.errors import UserError
+from ldm.shapes import Image
+
+# What may change between two starts of one run: it moves no weight, save `steps`, which says how far to go.
+FREE: tuple[str, ...] = (
+    "run.steps",
+    "run.checkpoint_every",
+    "run.keep",
+    "run.sample_every",
+    "run.validate_every",
+    "run.validate_on",
+)
+FREE += ("run.log_every", "run.trackers", "samples", "defaults", "statistics", "data.workers")
+
+
+class RunFolder:
+    """Paths and small files of a run. UserError where the folder cannot be made."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.checkpoints, self.log, self.model = path / "checkpoints", path / "log.jsonl", path / "model.safetensors"
+        try:
+            (path / "samples").mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"cannot make the run folder {str(path)!r}: {error.strerror}") from None
+
+    def write_config(self, settings: Any) -> None:
+        text = config.dump(settings)
+        atomic_write(self.path / "config.yaml", lambda temporary: _text(temporary, text))
+
+    def start_log(self, step: int) -> None:
+        """Forget what was logged after `step`: it will be done again."""
+        kept = []
+        for line in self.log.read_text().splitlines() if self.log.exists() else []:
+            try:
+                if json.loads(line)["step"] <= step:
+                    kept.append(line + "\n")
+            except (ValueError, KeyError, TypeError):
+                break  # cut short when the process died
+        atomic_write(self.log, lambda temporary: _text(temporary, "".join(kept)))
+
+    def write_log(self, record: dict[str, Any]) -> None:
+        with self.log.open("a") as file:
+            file.write(json.dumps(record) + "\n")
+
+    def write_sample(self, step: int, pictures: Image, columns: int) -> None:
+        sheet = images.grid(images.to_pixels(pictures), columns)[0]
+        atomic_write(self.path / "samples" / f"{step:08d}.png", lambda temporary: _bytes(temporary, images.png(sheet)))
+
+
+def check_same(settings: Any, before: dict[str, Any], path: Path) -> None:
+    """UserError naming each field that differs from the run's own config, `before`, and may not."""
+    old, new = _flat(before), _flat(config.to_dict(settings))
+    differing = sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name) and not _free(name))
+    if differing:
+        changes = ", ".join(f"{name} (was {old.get(name)!r}, now {new.get(name)!r})" for name in differing)
+        raise UserError(f"the run in {str(path)!r} was started otherwise: {changes}. Undo this, or take another --run")
+
+
+def _free(name: str) -> bool:
+    return any(name == free or name.startswith(free + ".") for free in FREE)
+
+
+def _flat(data: Any, where: str = "") -> dict[str, Any]:
+    if not isinstance(data, dict):
+        return {where: data}
+    return {k: v for name, value in data.items() for k, v in _flat(value, f"{where}.{name}" if where else name).items()}
+
+
+def _text(path: Path, text: str) -> None:
+    path.write_text(text)
+
+
+def _bytes(path: Path, data: bytes) -> None:
+    path.write_bytes(data)

@@ -1,0 +1,151 @@
+"""Training an autoencoder: fidelity, LPIPS, KL, and a patch discriminator with the adaptive weight of VQGAN.
+
+After Esser et al. 2021 (arXiv:2012.09841) and Rombach et al. 2022, appendix G.
+"""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ldm.checkpoints import native
+from ldm.data.dataset import open_dataset, to_image
+from ldm.errors import UserError
+from ldm.evaluation.reconstruction import reconstruction_report
+from ldm.models.autoencoder import Autoencoder, AutoencoderConfig
+from ldm.models.discriminator import PatchDiscriminator, adaptive_weight, hinge_d, hinge_g
+from ldm.models.perceptual import LPIPS
+from ldm.shapes import Image
+from ldm.training import keyed
+from ldm.training.config import VaeRun
+from ldm.training.heldback import HeldBack
+from ldm.training.loop import Batch, Losses, Objective
+
+SHOWN = 8  # pictures of a sample sheet
+
+
+class AutoencoderTask:
+    """Objectives: the autoencoder's, and the discriminator's unless its weight is 0.
+
+    UserError where the size does not fit the autoencoder, or LPIPS is wanted and its weights are not there.
+    """
+
+    averaged = ("autoencoder",)
+
+    def __init__(self, config: VaeRun) -> None:
+        self.config, self.loss = config, config.loss
+        if config.data.size % config.model.factor:
+            raise UserError(
+                f"data.size {config.data.size} is not a multiple of the model's factor {config.model.factor}"
+            )
+        if self.loss.lpips and not self.loss.lpips_weights:
+            raise UserError(
+                "loss.lpips is on: give loss.lpips_weights a file (`make weights` makes it), or set loss.lpips 0"
+            )
+        self.dataset = open_dataset(config.data)
+        self.held_back = HeldBack(config.data, config.run.validate_on)
+        self.autoencoder = Autoencoder(config.model)
+        self.discriminator = PatchDiscriminator(config.discriminator)
+        self.perceptual = LPIPS.load(self.loss.lpips_weights) if self.loss.lpips_weights else None
+        self.networks: dict[str, nn.Module] = {"autoencoder": self.autoencoder}
+        if self.loss.adversarial:
+            self.networks["discriminator"] = self.discriminator
+        if config.run.compile:
+            # the last layer stays outside: the adaptive weight asks for its gradient alone
+            decoder = self.autoencoder.decoder
+            for part in (self.autoencoder.encoder, decoder.mid, *decoder.up):
+                part.compile()
+        self._reconstruction: Tensor
+
+    def to(self, device: torch.device) -> None:
+        self.device = device
+        for module in (self.autoencoder, self.discriminator, self.perceptual):
+            if module is not None:
+                module.to(device)
+
+    def objectives(self) -> list[Objective]:
+        objectives = [Objective("autoencoder", (self.autoencoder,), self.autoencoder_loss)]
+        if self.loss.adversarial:
+            start = self.loss.adversarial_start
+            objectives.append(Objective("discriminator", (self.discriminator,), self.discriminator_loss, start))
+        return objectives
+
+    def autoencoder_loss(self, batch: Batch) -> Losses:
+        """The losses on pixels are differentiated at the pixels, once; the decoder then goes back along their sum."""
+        image = to_image(batch["image"])
+        posterior = self.autoencoder.encode(image)
+        noise = keyed.normal(self.config.run.seed, "posterior", batch["position"], tuple(posterior.mean.shape[1:]))
+        reconstruction = self.autoencoder.decode(posterior.sample(noise)).float()
+        self._reconstruction = pixels = reconstruction.detach().requires_grad_()
+
+        difference = pixels - image
+        terms = {"pixel": difference.abs().mean() if self.loss.pixel == "l1" else difference.square().mean()}
+        total = terms["pixel"]
+        if self.loss.lpips and self.perceptual:
+            terms["lpips"] = self.perceptual(pixels, image).mean()
+            total = total + self.loss.lpips * terms["lpips"]
+        (direction,) = torch.autograd.grad(total, pixels)
+        if self.loss.adversarial and batch["step"] >= self.loss.adversarial_start:
+            terms["gan"] = hinge_g(self.discriminator(pixels))
+            (push,) = torch.autograd.grad(terms["gan"], pixels)
+            weight = torch.full((), self.loss.adversarial, device=self.device)
+            if self.loss.adaptive:
+                last_layer = self.autoencoder.decoder.conv_out.weight
+                along = ((reconstruction * direction).sum(), (reconstruction * push).sum())
+                terms["gan_weight"] = adaptive_weight(*along, last_layer)
+                weight = weight * terms["gan_weight"]
+            direction = direction + weight * push
+            total = total + weight * terms["gan"]
+        terms["kl"] = posterior.kl().mean() / image[0].numel()
+        kl = self.loss.kl * terms["kl"]
+        backward = (reconstruction * direction).sum() + kl
+        return {
+            "loss": backward + (total + kl - backward).detach()
+        } | terms  # the value of one, the gradient of the other
+
+    def discriminator_loss(self, batch: Batch) -> Losses:
+        """Real pictures against the reconstructions that `autoencoder_loss` has just made of them."""
+        real = self.discriminator(to_image(batch["image"]))
+        fake = self.discriminator(self._reconstruction.detach())
+        return {"loss": hinge_d(real, fake), "real": real.float().mean(), "fake": fake.float().mean()}
+
+    def validate(self) -> dict[str, float]:
+        """PSNR (dB), SSIM and, where its weights are given, LPIPS of held-back pictures."""
+        report = reconstruction_report(self.autoencoder, self._held_back(), self.perceptual)
+        return {f"{self.held_back.name}_{name}": value for name, value in report.items()}
+
+    def sample(self) -> tuple[Image, int]:
+        """Held-back pictures above their reconstructions."""
+        originals = self.held_back.images(0, SHOWN).to(self.device)
+        return torch.cat([originals, self.autoencoder.decode(self.autoencoder.encode(originals).mode)]), len(originals)
+
+    def export(self, path: Path, provenance: dict[str, Any]) -> None:
+        """Write the model with the statistics of its latents."""
+        spec = native.ModelSpec(self.measured(), self.config.data.size, provenance=provenance)
+        native.save(path, spec, {"autoencoder": self.autoencoder})
+
+    def measured(self) -> AutoencoderConfig:
+        """The config with mean and deviation of each latent channel over `statistics` training images."""
+        count, size = 0, self.config.run.batch_size
+        sums = torch.zeros(2, self.config.model.z_channels, dtype=torch.float64, device=self.device)
+        for start in range(0, self.config.statistics, size):
+            batch = self.dataset.__getitems__(range(start, min(start + size, self.config.statistics)))
+            posterior = self.autoencoder.encode(to_image(batch["image"].to(self.device)))
+            mean, variance = posterior.mean.double(), posterior.logvar.double().exp()
+            count += mean[:, 0].numel()
+            sums += torch.stack([mean.sum((0, 2, 3)), (mean**2 + variance).sum((0, 2, 3))])
+        mean, square = sums / count
+        old_mean, old_std = (
+            torch.tensor(v, device=self.device) for v in (self.config.model.mean, self.config.model.std)
+        )
+        std = (square - mean**2).sqrt()
+        return replace(
+            self.config.model, mean=tuple((old_mean + old_std * mean).tolist()), std=tuple((old_std * std).tolist())
+        )
+
+    def _held_back(self) -> Iterator[Image]:
+        for start in range(0, len(self.held_back), self.config.run.batch_size):
+            yield self.held_back.images(start, start + self.config.run.batch_size)

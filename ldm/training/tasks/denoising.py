@@ -1,0 +1,166 @@
+"""Training a latent-diffusion model in the latents of a finished autoencoder: the UNet, with the text tower or not.
+
+Rombach et al. 2022; classifier-free guidance by dropped captions after Ho & Salimans 2022.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ldm.checkpoints import native
+from ldm.conditioning import Conditioning
+from ldm.data.dataset import open_dataset, to_image
+from ldm.diffusion.denoiser import Denoiser
+from ldm.diffusion.guidance import cfg
+from ldm.diffusion.losses import WEIGHTINGS, diffusion_loss
+from ldm.diffusion.noise import SeededNoise
+from ldm.diffusion.predictions import PREDICTIONS
+from ldm.diffusion.samplers import find_sampler
+from ldm.diffusion.schedules import make_schedule
+from ldm.errors import UserError
+from ldm.models.unet import UNet
+from ldm.shapes import Image, Latent, TokenIds
+from ldm.text.tower import Conditioner
+from ldm.training import keyed
+from ldm.training.config import LdmRun
+from ldm.training.heldback import HeldBack
+from ldm.training.loop import Batch, Losses, Objective
+
+EMBEDDED = Path(__file__).parents[2] / "assets" / "embedded.safetensors"
+
+
+class DenoisingTask:
+    """One objective: the weighted squared error of the network's output at random noise levels.
+
+    UserError where the parts do not fit each other, or a file that a part comes from is not a model.
+    """
+
+    def __init__(self, config: LdmRun) -> None:
+        self.config, self.seed = config, config.run.seed
+        source = native.load_autoencoder(EMBEDDED if config.autoencoder == "embedded" else config.autoencoder)
+        self.autoencoder = source.autoencoder
+        self.backbone = UNet(config.backbone)
+        self.text = _tower(config)
+        _check_fit(config, self.autoencoder.config.z_channels, self.autoencoder.factor)
+        self.prediction, self.schedule = PREDICTIONS[config.prediction], make_schedule(config.schedule)
+        self.weighting = WEIGHTINGS[config.loss.weighting]
+        self.networks: dict[str, nn.Module] = {"backbone": self.backbone}
+        if config.text.train:
+            self.networks["text"] = self.text
+        self.averaged = tuple(self.networks)
+        self.empty = self.text.tokenize([""])
+        self.dataset = open_dataset(config.data, self.text.tokenize)
+        self.held_back = HeldBack(config.data, config.run.validate_on, self.text.tokenize)
+        if config.run.compile:
+            self.backbone.compile()
+            self.autoencoder.encoder.compile()
+
+    def to(self, device: torch.device) -> None:
+        self.device = device
+        for module in (self.autoencoder, self.backbone, self.text):
+            module.to(device)
+        self.empty = self.empty.to(device)
+
+    def objectives(self) -> list[Objective]:
+        return [Objective("denoiser", tuple(self.networks.values()), self.denoising_loss)]
+
+    def denoising_loss(self, batch: Batch) -> Losses:
+        position = batch["position"]
+        x0 = self.latent(batch)
+        dropped = keyed.uniform(self.seed, "caption", position) < self.config.loss.caption_dropout
+        cond = self.encode_text(torch.where(dropped[:, None], self.empty, batch["tokens"]))
+        sigma = self.schedule.quantile(keyed.uniform(self.seed, "sigma", position))
+        noise = keyed.normal(self.seed, "noise", position, tuple(x0.shape[1:]))
+        return {"loss": self.losses(x0, sigma, noise, cond).mean()}
+
+    def losses(self, x0: Latent, sigma: Tensor, noise: Latent, cond: Conditioning) -> Tensor:
+        """The loss of each sample (b,) at given noise."""
+        return diffusion_loss(self.backbone, self.prediction, self.schedule, x0, sigma, noise, cond, self.weighting)
+
+    @torch.no_grad()
+    def latent(self, batch: Batch) -> Latent:
+        """A draw from the posterior of each picture, cached or encoded now; fp32."""
+        if "mean" in batch:
+            mean, std = batch["mean"].float(), batch["std"].float()
+        else:
+            posterior = self.autoencoder.encode(to_image(batch["image"]))
+            mean, std = posterior.mean.float(), (0.5 * posterior.logvar.float()).exp()
+        return mean + std * keyed.normal(self.seed, "posterior", batch["position"], tuple(mean.shape[1:]))
+
+    def encode_text(self, ids: TokenIds) -> Conditioning:
+        with torch.set_grad_enabled(self.config.text.train and torch.is_grad_enabled()):
+            return self.text.encode(ids)
+
+    def validate(self) -> dict[str, float]:
+        """The loss on held-back pictures: noise fixed, noise levels spread evenly over the training density."""
+        position = torch.arange(len(self.held_back))
+        place = keyed.uniform(self.seed, "validation order", position).argsort()
+        levels = self.schedule.quantile((place + 0.5) / len(place))
+        total = 0.0
+        for start in range(0, len(position), self.config.run.batch_size):
+            part = slice(start, start + self.config.run.batch_size)
+            x0 = self.autoencoder.encode(self.held_back.images(part.start, part.stop).to(self.device)).mode.float()
+            noise = keyed.normal(self.seed, "validation noise", position[part], tuple(x0.shape[1:])).to(self.device)
+            cond = self.encode_text(self.held_back.batch["tokens"][part].to(self.device))
+            total += self.losses(x0, levels[part].to(self.device), noise, cond).sum().item()
+        return {f"{self.held_back.name}_loss": total / len(position)}
+
+    def sample(self) -> tuple[Image, int]:
+        """A picture of each prompt of the config, from its own seed."""
+        prompts, how = self.config.samples.prompts, self.config.defaults
+        cond, uncond = (self.text(texts) for texts in (list(prompts), [""] * len(prompts)))
+        denoise = cfg(Denoiser(self.backbone, self.prediction, self.schedule), cond, uncond, how.cfg_scale)
+        sigmas = self.schedule.steps(how.steps, how.schedule)
+        noise = SeededNoise([self.config.samples.seed + i for i in range(len(prompts))])
+        side = self.config.data.size // self.autoencoder.factor
+        blank = torch.zeros(len(prompts), self.autoencoder.config.z_channels, side, side, device=self.device)
+        x = noise(blank) * self.schedule.start(float(sigmas[0]))
+        *_, last = find_sampler(how.sampler)(denoise, x, sigmas, noise)
+        return self.autoencoder.decode(last.x), 0
+
+    def export(self, path: Path, provenance: dict[str, Any]) -> None:
+        """Write the whole model: everything that txt2img needs."""
+        config = self.config
+        spec = native.ModelSpec(
+            self.autoencoder.config,
+            config.data.size,
+            config.backbone,
+            config.text.tower,
+            config.prediction,
+            config.schedule,
+            config.defaults,
+            provenance,
+        )
+        native.save(path, spec, {"autoencoder": self.autoencoder, "backbone": self.backbone, "text": self.text})
+
+
+def _tower(config: LdmRun) -> Conditioner:
+    """A text tower with fresh weights, or with those of the file that the config names."""
+    text = Conditioner(config.text.tower)
+    if config.text.weights:
+        source = native.load(config.text.weights)
+        if source.conditioner is None or source.spec.text != config.text.tower:
+            raise UserError(
+                f"text.weights {config.text.weights!r} has the tower {source.spec.text}, not {config.text.tower}"
+            )
+        text.load_state_dict(source.conditioner.state_dict())
+    elif not config.text.train:
+        raise UserError("text.train is false: give text.weights, a model file with a trained text tower")
+    return text.requires_grad_(config.text.train)
+
+
+def _check_fit(config: LdmRun, z_channels: int, factor: int) -> None:
+    backbone, size = config.backbone, config.data.size
+    if (backbone.in_channels, backbone.out_channels) != (z_channels, z_channels):
+        raise UserError(
+            f"backbone.in_channels {backbone.in_channels} and out_channels {backbone.out_channels} must both be "
+            f"{z_channels}, the channels of the autoencoder {config.autoencoder!r}"
+        )
+    if backbone.context_dim != config.text.tower.width:
+        raise UserError(
+            f"backbone.context_dim {backbone.context_dim} is not text.tower.width {config.text.tower.width}"
+        )
+    if size % (factor * backbone.factor):
+        raise UserError(f"data.size {size} is not a multiple of {factor * backbone.factor} (autoencoder x backbone)")

@@ -1,0 +1,30 @@
+"""Train an autoencoder on shards; running the same command again goes on where it stopped.
+
+python scripts/train_vae.py configs/tiny/vae.yaml --data.shards 'data/{00000..00003}.tar' --run runs/vae
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import torch
+
+from ldm import config
+from ldm.errors import script
+from ldm.training.arguments import split
+from ldm.training.config import VaeRun
+from ldm.training.loop import train
+from ldm.training.tasks.autoencoder import AutoencoderTask
+
+
+@script
+def main() -> None:
+    path, run, overrides = split(sys.argv[1:], str(__doc__), VaeRun)
+    settings = config.load(VaeRun, path, overrides)
+    torch.manual_seed(settings.run.seed)  # of the fresh weights: all else is keyed
+    raise SystemExit(train(AutoencoderTask(settings), settings, run).exit_code)
+
+
+if __name__ == "__main__":
+    main()
