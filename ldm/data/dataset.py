@@ -7,7 +7,7 @@ training run that keeps the number of samples it has consumed can go on from the
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, TypedDict
+from typing import Any, Literal, Protocol, TypedDict, runtime_checkable
 
 import numpy as np
 import torch
@@ -55,6 +55,7 @@ class Batch(TypedDict, total=False):
     position: Int[Tensor, " b"]
 
 
+@runtime_checkable
 class Dataset(Protocol):
     """Samples at positions of a stream; `len` is one epoch."""
 
@@ -62,6 +63,7 @@ class Dataset(Protocol):
     def __getitems__(self, positions: Sequence[int]) -> Batch: ...
 
 
+@runtime_checkable
 class Stream(Protocol):
     """What stands at each position: which sample of all those in the shards, and the four numbers of its choices."""
 

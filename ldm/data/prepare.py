@@ -84,7 +84,7 @@ def prepare(paths: Sequence[str], config: PrepareConfig, show: Callable[[int, in
     train, val = _picks(names, ids, config)
     out = Path(config.out)
     jobs = _jobs(out, train, config.shard_size) + _jobs(out / "val", val, config.shard_size)
-    _claim(out, _plan(sources, ids, config))
+    _claim(out, {out, *(job.path.parent for job in jobs)}, _plan(sources, ids, config))
     done = {job.path: stats for job in jobs if (stats := _finished(job.path))}
     before = sum(len(job.picks) for job in jobs if job.path in done)
     total = sum(len(job.picks) for job in jobs)
@@ -100,6 +100,9 @@ def prepare(paths: Sequence[str], config: PrepareConfig, show: Callable[[int, in
         held = _report(offered, [done[job.path] for job in jobs if job.path.parent != out], config)
         report["validation"] = {key: held[key] for key in ("samples", "shards", "kept", "refused")}
     write_json(out / "report.json", report)
+    if not report["samples"]:
+        reasons = "; ".join(about["examples"][0] for about in report["refused"].values()) or "they hold none"
+        raise UserError(f"none of the {sum(offered.values())} pictures can be used: {reasons}")
     return report
 
 
@@ -144,13 +147,13 @@ def _plan(sources: Sequence[Source], ids: Sequence[Sequence[str]], config: Prepa
     return hashlib.sha256(json.dumps([options, origins, ids]).encode()).hexdigest()
 
 
-def _claim(out: Path, plan: str) -> None:
+def _claim(out: Path, folders: set[Path], plan: str) -> None:
     """Make the folder ours. UserError where it holds shards of another plan."""
     path = out / "plan.json"
     known = json.loads(path.read_text()).get("plan") if path.is_file() else None
     if known != plan and (known or any(out.glob("*.tar"))):
         raise UserError(f"{str(out)!r} holds shards of other sources or options: give another --out, or remove it")
-    for folder in (out, out / "val"):
+    for folder in folders:
         folder.mkdir(parents=True, exist_ok=True)
         for half in folder.glob("*.tmp"):
             half.unlink()

@@ -5,12 +5,13 @@
 
 import bisect
 import csv
+import functools
 import itertools
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from ldm.data.shards import Shards
 from ldm.errors import UserError
@@ -28,6 +29,7 @@ class Raw(NamedTuple):
     columns: dict[str, Any]
 
 
+@runtime_checkable
 class Source(Protocol):
     """Pictures by row number."""
 
@@ -85,7 +87,7 @@ class ParquetSource:
         column = next((name for name in _IDS if name in file.schema_arrow.names), None)
         if column is None:
             return [f"{row:09d}" for row in range(file.metadata.num_rows)]
-        return [str(value) for value in file.read([column])[column].to_pylist()]
+        return [str(value) for value in self._sound(lambda: file.read([column]))[column].to_pylist()]
 
     def stamp(self) -> str:
         stat = self.path.stat()
@@ -100,19 +102,11 @@ class ParquetSource:
         for row in rows:
             here = bisect.bisect_right(starts, row) - 1
             if here != group:  # rising rows read each group once
-                group, table = here, self._group(file, here)
+                group, table = here, self._sound(functools.partial(file.read_row_group, here))
             columns = table.slice(row - starts[group], 1).to_pylist()[0]
             value = columns.pop(image)
             data = value.get("bytes") if isinstance(value, dict) else value
             yield Raw(data, _with_captions(columns)) if data else UserError("no image bytes")
-
-    def _group(self, file: Any, group: int) -> Any:
-        import pyarrow as pa
-
-        try:
-            return file.read_row_group(group)
-        except (OSError, pa.ArrowInvalid) as error:
-            raise UserError(f"{str(self.path)!r} is damaged in row group {group}: {error}") from None
 
     def _image_column(self, file: Any) -> str:
         import pyarrow as pa
@@ -129,13 +123,18 @@ class ParquetSource:
         return next((name for name in IMAGES if name in able), able[0])
 
     def _file(self) -> Any:
-        import pyarrow as pa
         import pyarrow.parquet as pq
 
+        return self._sound(lambda: pq.ParquetFile(self.path))
+
+    def _sound(self, read: Callable[[], Any]) -> Any:
+        """What `read` returns; UserError where the file is no parquet file or a damaged one."""
+        import pyarrow as pa
+
         try:
-            return pq.ParquetFile(self.path)
+            return read()
         except (OSError, pa.ArrowInvalid) as error:
-            raise UserError(f"{str(self.path)!r} is not a parquet file: {error}") from None
+            raise UserError(f"{str(self.path)!r} is not a whole parquet file: {error}") from None
 
 
 class FolderSource:

@@ -1,0 +1,155 @@
+"""Shards and manifests: names, deterministic bytes, random access, and every way they can be damaged."""
+
+import dataclasses
+import io
+import pickle
+import tarfile
+
+import pytest
+import webdataset
+
+from ldm.data.shards import Damaged, Shards, expand, read_manifest, scan, write_shard
+from ldm.errors import UserError
+
+
+def test_names_expand(folder):
+    one, two, three = (folder / f"{s:05d}.tar" for s in range(3))
+    assert expand(f"{folder}/{{00000..00001}}.tar::{three}") == [one, two, three]
+    assert expand(f"{one}::{one}") == [one, one]
+    assert expand(str(folder)) == [one, two, three]
+    (folder / "manifest.json").unlink()
+    assert expand(str(folder)) == [one, two, three]
+
+
+@pytest.mark.parametrize(
+    "pattern, message",
+    [
+        ("", "no shards match ''"),
+        ("{folder}/{{00000..00003}}.tar", r"00003.tar' is not there \(1 of 4 missing\)"),
+        ("{folder}/{{0..", "unbalanced braces"),
+        ("pipe:cat {folder}/00000.tar", "are not local files"),
+        ("s3://bucket/00000.tar", "are not local files"),
+        ("{folder}/empty", "no shards match"),
+    ],
+)
+def test_names_that_match_nothing_are_refused(folder, pattern, message):
+    (folder / "empty").mkdir()
+    with pytest.raises(UserError, match=message):
+        expand(pattern.format(folder=folder))
+
+
+def test_the_same_samples_give_the_same_bytes(folder, tmp_path, sample):
+    again = write_shard(tmp_path / "again.tar", map(sample, range(5)))
+    assert again.sha256 == read_manifest(folder)["00000.tar"].sha256
+    assert (again.samples, again.bytes) == (5, (tmp_path / "again.tar").stat().st_size)
+
+
+def test_a_shard_that_fails_leaves_nothing(tmp_path, sample):
+    def samples():
+        yield sample(0)
+        raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        write_shard(tmp_path / "x.tar", samples())
+    assert not list(tmp_path.iterdir())
+
+
+def test_webdataset_reads_what_is_written(folder, picture):
+    found = list(webdataset.WebDataset(str(folder / "00001.tar"), shardshuffle=False))
+    assert [row["__key__"] for row in found] == [f"{n:09d}" for n in range(10, 16)]
+    assert found[2]["png"] == picture(12)
+
+
+def test_random_access(folder, picture):
+    shards = Shards(f"{folder}/{{00000..00002}}.tar")
+    assert shards.counts == [5, 6, 7]
+    assert shards.image(2, 4) == picture(24)
+    assert shards.describe(1, 3)["captions"] == ["thing 13", "a thing 13"]
+    assert pickle.loads(pickle.dumps(shards)).image(0, 1) == picture(1)  # as a worker process gets it
+
+
+def test_without_a_manifest_the_samples_are_counted(folder):
+    (folder / "manifest.json").unlink()
+    assert Shards(str(folder)).counts == [5, 6, 7]
+
+
+@pytest.mark.parametrize("kind", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_tars_of_other_tools(tmp_path, kind):
+    """Folders, long names, members that are not ours: only the allowed ones are seen."""
+    long = "x" * 120
+    with tarfile.open(tmp_path / "a.tar", "w", format=kind) as tar:
+        folder = tarfile.TarInfo("pictures")
+        folder.type = tarfile.DIRTYPE
+        tar.addfile(folder)
+        members = {"pictures/a.b.png": b"1", "pictures/a.pyd": b"2", "pictures/a.TXT": b"one", f"{long}.jpg": b"3"}
+        for name, data in members.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    found = scan(tmp_path / "a.tar")
+    assert [(s.key, sorted(s.members)) for s in found] == [("pictures/a", ["txt"]), (long, ["jpg"])]
+    assert Shards(str(tmp_path / "a.tar")).describe(0, 0)["captions"] == ["one"]
+
+
+def test_a_caption_column_of_text_is_one_caption(tmp_path):
+    write_shard(tmp_path / "a.tar", [("0", {"png": b"", "json": b'{"captions": "a cat"}'})])
+    assert Shards(str(tmp_path / "a.tar")).describe(0, 0)["captions"] == ["a cat"]
+
+
+@pytest.mark.parametrize("manifest", [True, False])
+def test_a_shard_cut_short_anywhere_is_seen(folder, manifest):
+    path = folder / "00001.tar"
+    whole = path.read_bytes()
+    used = 512 * (len(whole.rstrip(b"\0")) // 512 + 1)
+    if not manifest:
+        (folder / "manifest.json").unlink()
+    for length in range(0, used + 1, 512):
+        path.write_bytes(whole[:length])
+        with pytest.raises(Damaged, match=r"00001.tar' (is cut short at|has \d+) byte"):
+            Shards(str(path))
+
+
+def test_what_is_not_a_tar_is_refused(folder):
+    (folder / "x.tar").write_bytes(b"not a tar" * 200)
+    with pytest.raises(Damaged, match="not a tar file at byte 0"):
+        Shards(str(folder / "x.tar"))
+
+
+def test_a_manifest_of_other_shards_is_seen(folder):
+    path, manifest = folder / "00001.tar", read_manifest(folder)
+    write_shard(path, [("0", {"txt": b"x"})])
+    manifest[path.name] = dataclasses.replace(manifest[path.name], bytes=path.stat().st_size)
+    write_manifest(folder, list(manifest.values()))
+    with pytest.raises(Damaged, match="holds 1 samples, its manifest says 6"):
+        Shards(str(path)).image(0, 0)
+
+
+@pytest.mark.parametrize("text", ["[]", "{", '{"shards": [{"name": "x"}]}'])
+def test_a_broken_manifest_is_refused(folder, text):
+    (folder / "manifest.json").write_text(text)
+    with pytest.raises(UserError, match="is not a manifest of shards"):
+        Shards(str(folder))
+
+
+@pytest.mark.parametrize(
+    "members, message",
+    [
+        ({"txt": b"x"}, "sample '7' of shard .*a.tar' has no .webp"),
+        ({"png": b"x"}, "sample '7' of shard .*a.tar' has no .txt"),
+        ({"png": b"x", "json": b"{"}, "sample '7' of shard .*a.tar' has a broken .json or .txt"),
+        ({"png": b"x", "json": b"[]"}, "sample '7' of shard .*a.tar' has a broken .json or .txt"),
+        ({"png": b"x", "txt": b"\xff"}, "sample '7' of shard .*a.tar' has a broken .json or .txt"),
+    ],
+)
+def test_damaged_samples_are_named(tmp_path, members, message):
+    write_shard(tmp_path / "a.tar", [("7", members)])
+    shards = Shards(str(tmp_path / "a.tar"))
+    with pytest.raises(Damaged, match=message):
+        shards.image(0, 0)
+        shards.describe(0, 0)
+
+
+def test_empty_shards_are_refused(tmp_path):
+    write_shard(tmp_path / "a.tar", [])
+    with pytest.raises(UserError, match="hold no samples"):
+        Shards(str(tmp_path / "a.tar"))
