@@ -1,134 +1,118 @@
 """Other people's names for our tensors: templates, and numbering generated from the config.
 
-A KeyMap is a one-to-one list of names; a foreign tensor may differ in shape where it holds the same numbers (a 1 x 1 convolution
-for a linear layer), and one of ours may be several of theirs, stacked (query, key, value).
+A KeyMap is one to one. A foreign tensor may hold the same numbers in another form: stacked (query, key, value), transposed (a
+projection that multiplies from the other side), or as a 1 x 1 convolution where ours is a linear layer.
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from ldm.errors import UserError
-from ldm.models.autoencoder import AutoencoderConfig
-from ldm.models.unet import UNetConfig
-from ldm.text.tower import TextConfig
 
-Rules = list[tuple[str, str]]  # (ours, theirs): prefixes, the first that fits counts
+Rules = list[tuple[str, str]]  # (ours, theirs): places by prefix, leaves by pattern
+Shapes = Mapping[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
 class KeyMap:
-    """names: ours -> theirs, in a tuple of several where theirs are stacked along the first axis to give ours."""
+    """names: ours -> theirs, several where theirs are stacked along the first axis to give ours.
+
+    turned: those of ours that are the transpose of theirs; pointwise: those that theirs hold as 1 x 1 convolutions.
+    """
 
     names: dict[str, tuple[str, ...]]
+    turned: frozenset[str] = frozenset()
+    pointwise: frozenset[str] = frozenset()
 
-    def load(self, foreign: dict[str, Tensor], like: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Foreign tensors under our names, in the shapes of `like`. UserError that names what is missing or left over."""
-        wanted = {name for names in self.names.values() for name in names}
-        faults = [
-            f"{len(keys)} {fault} ({', '.join(sorted(keys)[:3])}{', ...' if len(keys) > 3 else ''})"
-            for fault, keys in (("missing", wanted - foreign.keys()), ("unexpected", foreign.keys() - wanted))
-            if keys
-        ]
-        if faults:
-            raise UserError(f"tensors do not fit: {'; '.join(faults)}")
-        native = {}
-        for ours, theirs in self.names.items():
-            value = torch.cat([foreign[name] for name in theirs])
-            if value.numel() != like[ours].numel():
-                raise UserError(f"{theirs[0]} has shape {tuple(value.shape)}, needs {tuple(like[ours].shape)}")
-            native[ours] = value.reshape(like[ours].shape)
-        return native
-
-    def save(self, native: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Our tensors under foreign names."""
+    def shapes(self, like: Shapes) -> dict[str, tuple[int, ...]]:
+        """The foreign tensors, and the shapes they have where ours are of the shapes `like`."""
         return {
-            name: part
+            name: self._form(ours, like[ours], len(theirs)) for ours, theirs in self.names.items() for name in theirs
+        }
+
+    def _form(self, ours: str, shape: tuple[int, ...], parts: int) -> tuple[int, ...]:
+        shape = (shape[0] // parts, *shape[1:]) if parts > 1 else tuple(shape)
+        shape = shape[::-1] if ours in self.turned else shape
+        return (*shape, 1, 1) if ours in self.pointwise else shape
+
+    def compare(self, foreign: Shapes, like: Shapes) -> None:
+        """UserError that counts and names what is missing, left over or misshapen; a trailing 1 x 1 makes no difference."""
+        wanted = self.shapes(like)
+        shared = wanted.keys() & foreign.keys()
+        refuse(
+            missing=wanted.keys() - foreign.keys(),
+            unexpected=foreign.keys() - wanted.keys(),
+            misshapen={name for name in shared if _matrix(foreign[name]) != _matrix(wanted[name])},
+        )
+
+    def tensor(self, ours: str, foreign: Mapping[str, Tensor], shape: tuple[int, ...]) -> Tensor:
+        """One of our tensors; a view of the foreign one where it can be."""
+        parts = [foreign[name] for name in self.names[ours]]
+        value = parts[0] if len(parts) == 1 else torch.cat(parts)
+        return (value.T if ours in self.turned else value).reshape(shape)
+
+    def load(self, foreign: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Foreign tensors under our names, in the shapes of `like`. UserError as in `compare`."""
+        self.compare({n: tuple(v.shape) for n, v in foreign.items()}, {n: tuple(v.shape) for n, v in like.items()})
+        return {ours: self.tensor(ours, foreign, tuple(like[ours].shape)) for ours in self.names}
+
+    def save(self, native: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Our tensors under foreign names, in their form."""
+        return {
+            name: (part.T.contiguous() if ours in self.turned else part).reshape(
+                self._form(ours, tuple(native[ours].shape), len(theirs))
+            )
             for ours, theirs in self.names.items()
             for name, part in zip(theirs, native[ours].chunk(len(theirs)), strict=True)
         }
 
+    def under(self, ours: str, theirs: str) -> "KeyMap":
+        """The same map with prefixes on both sides."""
+        names = {ours + name: tuple(theirs + part for part in parts) for name, parts in self.names.items()}
+        return KeyMap(names, frozenset(ours + n for n in self.turned), frozenset(ours + n for n in self.pointwise))
 
-def _keymap(module: nn.Module, places: Rules, leaves: Rules) -> KeyMap:
+
+def union(maps: Iterable[KeyMap]) -> KeyMap:
+    """The maps of a model's parts as one."""
+    parts = list(maps)
+    names = {ours: theirs for part in parts for ours, theirs in part.names.items()}
+    return KeyMap(
+        names, frozenset().union(*(p.turned for p in parts)), frozenset().union(*(p.pointwise for p in parts))
+    )
+
+
+def refuse(**faults: Iterable[str]) -> None:
+    """UserError that counts the tensors of each fault and names three; nothing where there are none."""
+    listed = [(kind, sorted(names)) for kind, names in faults.items()]
+    said = [
+        f"{len(names)} {kind} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+        for kind, names in listed
+        if names
+    ]
+    if said:
+        raise UserError(f"tensors do not fit: {'; '.join(said)}")
+
+
+def by_rules(module: nn.Module, places: Rules, leaves: Rules) -> dict[str, tuple[str, ...]]:
     """Name each tensor of a module: its place by the first prefix that fits, what follows by the leaf rules."""
-    names = {}
+    names: dict[str, tuple[str, ...]] = {}
     for ours in module.state_dict():
         place, foreign = next((p for p in places if ours.startswith(p[0] + ".")), ("", ""))
-        rest = ours[len(place) :] if place else ours
+        rest = ours[len(place) :]
         for pattern, replacement in leaves:
             rest = re.sub(pattern, replacement, rest)
         names[ours] = (foreign + rest,)
-    return KeyMap(names)
+    return names
 
 
-_DIFFUSERS_LEAVES: Rules = [
-    (r"\.time\.", ".time_emb_proj."),
-    (r"\.skip\.", ".conv_shortcut."),
-    (r"\.blocks\.", ".transformer_blocks."),
-    (r"\.to_out\.", ".to_out.0."),
-    (r"\.ff\.expand\.", ".ff.net.0.proj."),
-    (r"\.ff\.reduce\.", ".ff.net.2."),
-]
+def linear(module: nn.Module, chosen: Callable[[str], bool]) -> frozenset[str]:
+    """The matrices of a module whose names are chosen."""
+    return frozenset(name for name, value in module.state_dict().items() if value.dim() == 2 and chosen(name))
 
 
-def diffusers_unet(module: nn.Module, config: UNetConfig) -> KeyMap:
-    """Names of diffusers' UNet2DConditionModel."""
-    places: Rules = [("time.0", "time_embedding.linear_1"), ("time.2", "time_embedding.linear_2")]
-    places += [("vector.0", "add_embedding.linear_1"), ("vector.2", "add_embedding.linear_2")]
-    places += [("norm_out", "conv_norm_out"), ("conv_in", "conv_in"), ("conv_out", "conv_out")]
-    places += [(f"mid.{ours}", f"mid_block.{theirs}") for ours, theirs in _MIDDLE]
-    for side, extra, resample in (("down", 0, "downsamplers.0"), ("up", 1, "upsamplers.0")):
-        for level in range(len(config.channels)):
-            places.append((f"{side}.{level}.resample", f"{side}_blocks.{level}.{resample}"))
-            for block in range(config.res_blocks + extra):
-                ours = f"{side}.{level}.blocks.{block}"
-                places.append((f"{ours}.res", f"{side}_blocks.{level}.resnets.{block}"))
-                places.append((f"{ours}.attn", f"{side}_blocks.{level}.attentions.{block}"))
-    return _keymap(module, places, _DIFFUSERS_LEAVES)
-
-
-_MIDDLE: Rules = [("res1", "resnets.0"), ("attn", "attentions.0"), ("res2", "resnets.1")]
-
-
-def diffusers_autoencoder(module: nn.Module, config: AutoencoderConfig) -> KeyMap:
-    """Names of diffusers' AutoencoderKL."""
-    places: Rules = [("encoder.moments", "quant_conv"), ("decoder.expand", "post_quant_conv")]
-    for half, side, extra, resample in (("encoder", "down", 0, "downsamplers.0"), ("decoder", "up", 1, "upsamplers.0")):
-        places += [(f"{half}.{name}", f"{half}.{name}") for name in ("conv_in", "conv_out")]
-        places += [(f"{half}.norm_out", f"{half}.conv_norm_out")]
-        places += [(f"{half}.mid.attn.norm", f"{half}.mid_block.attentions.0.group_norm")]
-        places += [(f"{half}.mid.attn.attn", f"{half}.mid_block.attentions.0")]
-        places += [(f"{half}.mid.{ours}", f"{half}.mid_block.{theirs}") for ours, theirs in _MIDDLE]
-        for level in range(len(config.channels)):
-            places.append((f"{half}.{side}.{level}.resample", f"{half}.{side}_blocks.{level}.{resample}"))
-            for block in range(config.res_blocks + extra):
-                ours, theirs = f"{half}.{side}.{level}.blocks.{block}", f"{half}.{side}_blocks.{level}.resnets.{block}"
-                places.append((ours, theirs))
-    return _keymap(module, places, _DIFFUSERS_LEAVES)
-
-
-def transformers_clip(module: nn.Module, config: TextConfig) -> KeyMap:
-    """Names of transformers' CLIPTextModel (without its `text_model.` where `module` is our Conditioner)."""
-    leaves: Rules = [
-        (r"^tower\.positional_embedding$", "embeddings.position_embedding.weight"),
-        (r"^tower\.token_embedding\.", "embeddings.token_embedding."),
-        (r"^tower\.ln_final\.", "final_layer_norm."),
-        (r"^tower\.transformer\.resblocks\.(\d+)\.", r"encoder.layers.\1."),
-        (r"\.ln_(\d)\.", r".layer_norm\1."),
-        (r"\.attn\.out_proj\.", ".self_attn.out_proj."),
-        (r"\.mlp\.c_fc\.", ".mlp.fc1."),
-        (r"\.mlp\.c_proj\.", ".mlp.fc2."),
-    ]
-    joined = re.compile(r"(.*)\.attn\.in_proj_(weight|bias)")
-    names = {}
-    for ours, theirs in _keymap(module, [], leaves).names.items():
-        match = joined.fullmatch(theirs[0])
-        names[ours] = _split(match[1], match[2], "qkv") if match else theirs
-    return KeyMap(names)
-
-
-def _split(place: str, kind: str, letters: Iterable[str]) -> tuple[str, ...]:
-    return tuple(f"{place}.self_attn.{letter}_proj.{kind}" for letter in letters)
+def _matrix(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(shape[:2]) if len(shape) == 4 and tuple(shape[2:]) == (1, 1) else tuple(shape)

@@ -4,6 +4,7 @@ Tensors stand under `autoencoder.`, `backbone.` and `text.`; the metadata holds 
 """
 
 import json
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -13,16 +14,19 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ldm import config
-from ldm.checkpoints.files import SafeFile, atomic_write, open_safetensors
+from ldm.checkpoints.files import SafeFile, Tensors, atomic_write, open_safetensors
+from ldm.checkpoints.integrity import FLOATS, Entry, read_header
+from ldm.checkpoints.keymap import KeyMap, refuse
 from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.predictions import PREDICTIONS
 from ldm.diffusion.schedules import Schedule, ScheduleConfig, make_schedule
 from ldm.errors import UserError
 from ldm.models.autoencoder import Autoencoder, AutoencoderConfig
+from ldm.models.taesd import TinyAutoencoder
 from ldm.models.unet import UNet, UNetConfig
 from ldm.text.tower import Conditioner, TextConfig
 
-FORMAT, VERSION = "ldm", "1"
+FORMAT, VERSION, SPEC = "ldm", "1", "spec"
 Storage = Literal["fp32", "fp16", "bf16", "int8"]
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "int8": torch.float16}
 SCALE = ".int8_scale"
@@ -63,7 +67,7 @@ class Model:
     """A spec with its networks. backbone and conditioner are None for an autoencoder alone."""
 
     spec: ModelSpec
-    autoencoder: Autoencoder
+    autoencoder: Autoencoder | TinyAutoencoder
     backbone: UNet | None
     conditioner: Conditioner | None
 
@@ -103,42 +107,78 @@ def save(path: Path | str, spec: ModelSpec, modules: dict[str, nn.Module], stora
     for prefix, module in modules.items():
         for name, value in module.state_dict().items():
             tensors |= _pack(f"{prefix}.{name}", value.detach().cpu(), storage)
-    metadata = {"format": FORMAT, "version": VERSION, "spec": json.dumps(config.to_dict(spec))}
-    atomic_write(Path(path), lambda temporary: save_file(tensors, temporary, metadata))
+    write(path, spec, tensors)
+
+
+def write(path: Path | str, spec: ModelSpec, tensors: Mapping[str, Tensor]) -> None:
+    """Write a model's tensors as they are, under a spec."""
+    metadata = {"format": FORMAT, "version": VERSION, SPEC: json.dumps(config.to_dict(spec))}
+    ready = {name: value.contiguous() for name, value in tensors.items()}
+    atomic_write(Path(path), lambda temporary: save_file(ready, temporary, metadata))
 
 
 def read_spec(path: Path | str) -> ModelSpec:
     """The spec in a file, without its weights. UserError where the file is not one of ours."""
-    with open_safetensors(Path(path)) as file:
-        return _spec(file)
+    return spec_of(read_header(Path(path)).metadata, Path(path))
 
 
-def load(path: Path | str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Model:
+def load(path: Path | str, device: torch.device | str = "cpu", dtype: torch.dtype | None = torch.float32) -> Model:
     """Read a model, strictly: UserError that names missing, unexpected and misshapen tensors.
 
-    Weights go from the mapped file to the device once; nothing is initialised at random before.
+    Weights go from the mapped file to the device once; nothing is initialised at random before. dtype None: as stored.
     """
     with open_safetensors(Path(path)) as file:
-        return _fill(file, _spec(file), device, dtype)
+        return _fill(file, spec_of(file.metadata, file.path), device, dtype)
 
 
-def load_autoencoder(path: Path | str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Model:
-    """The autoencoder of any model file, alone, read as strictly; the rest of the file is not touched."""
+def load_autoencoder(
+    path: Path | str, device: torch.device | str = "cpu", dtype: torch.dtype | None = torch.float32
+) -> Model:
+    """The autoencoder of any model file of ours, alone, read as strictly; the rest of the file is not touched."""
     with open_safetensors(Path(path)) as file:
-        file.names = {name for name in file.names if name.startswith("autoencoder.")}
-        return _fill(file, replace(_spec(file), backbone=None, text=None), device, dtype)
+        spec = replace(spec_of(file.metadata, file.path), backbone=None, text=None)
+        file.entries = {name: entry for name, entry in file.entries.items() if name.startswith("autoencoder.")}
+        return _fill(file, spec, device, dtype)
 
 
-def _fill(file: SafeFile, spec: ModelSpec, device: torch.device | str, dtype: torch.dtype) -> Model:
+def _fill(file: SafeFile, spec: ModelSpec, device: torch.device | str, dtype: torch.dtype | None) -> Model:
     with torch.device("meta"):
         model = build(spec)
-    states = {prefix: module.state_dict() for prefix, module in model.modules.items()}
-    _compare(file, {f"{prefix}.{name}": v.shape for prefix, state in states.items() for name, v in state.items()})
+    names = {f"{prefix}.{name}" for prefix, module in model.modules.items() for name in module.state_dict()}
+    try:
+        return fill(model, Packed([(file, "")]), KeyMap({name: (name,) for name in names}), device, dtype)
+    except UserError as error:
+        raise UserError(f"{str(file.path)!r} does not fit its own spec: {error}") from None
+
+
+def fill(
+    model: Model, tensors: Tensors, keymap: KeyMap, device: torch.device | str, dtype: torch.dtype | None
+) -> Model:
+    """Give a model built on the meta device its weights. UserError where they do not fit, are no weights, or not finite."""
+    like = {
+        f"{p}.{name}": tuple(v.shape) for p, module in model.modules.items() for name, v in module.state_dict().items()
+    }
+    keymap.compare(tensors.shapes(), like)
+    refuse(**{"not of floating point": {name for name in tensors if tensors.entry(name).dtype not in FLOATS}})
+    dtype = dtype or tensors.main_dtype()
+    broken = set()
     for prefix, module in model.modules.items():
-        state = {name: _unpack(file, f"{prefix}.{name}").to(device, dtype) for name in states[prefix]}
+        state = {}
+        for name in module.state_dict():
+            ours = f"{prefix}.{name}"
+            state[name] = keymap.tensor(ours, tensors, like[ours]).to(device, dtype)
+            if not finite(state[name]):
+                broken.add(ours)
         module.load_state_dict(state, strict=True, assign=True)
-        module.to(device).eval().requires_grad_(False)  # type: ignore[arg-type]
+        module.to(device).eval().requires_grad_(False)
+    refuse(**{f"not finite in {str(dtype).removeprefix('torch.')}": broken})
     return model
+
+
+def finite(value: Tensor) -> bool:
+    """Whether every number is finite. A sum is so only where every term is, and costs a fraction of asking each."""
+    wide = value.sum(dtype=torch.promote_types(value.dtype, torch.float32))
+    return bool(wide.isfinite() or value.isfinite().all())
 
 
 def _pack(name: str, value: Tensor, storage: Storage) -> dict[str, Tensor]:
@@ -149,36 +189,47 @@ def _pack(name: str, value: Tensor, storage: Storage) -> dict[str, Tensor]:
     return {name: rows.round().clamp(-127, 127).to(torch.int8).reshape(value.shape), name + SCALE: scale}
 
 
-def _unpack(file: SafeFile, name: str) -> Tensor:
-    value = file.tensor(name)
-    if value.dtype != torch.int8:
-        return value
-    return value.float() * file.tensor(name + SCALE).reshape(-1, *[1] * (value.dim() - 1))
+class Packed(Tensors):
+    """The tensors of a file of ours: matrices kept as int8 appear as what they stand for."""
+
+    def __getitem__(self, name: str) -> Tensor:
+        value = super().__getitem__(name)
+        if value.dtype != torch.int8:
+            return value
+        scale = super().__getitem__(name + SCALE)
+        return value.float() * scale.reshape(-1, *[1] * (value.dim() - 1))
+
+    def __iter__(self) -> Iterator[str]:
+        return (name for name in super().__iter__() if not name.endswith(SCALE))
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+    def entry(self, name: str) -> Entry:
+        """As unpacked; UserError where an int8 matrix has no scale for each of its rows."""
+        entry = super().entry(name)
+        if entry.dtype != "I8":
+            return entry
+        scale = self._places.get(name + SCALE)
+        if scale is None or super().entry(name + SCALE).shape != entry.shape[:1]:
+            raise UserError(f"{name} is int8 without a scale for each of its {entry.shape[:1]} rows")
+        return replace(entry, dtype="F16")
 
 
-def _spec(file: SafeFile) -> ModelSpec:
-    path = str(file.path)
-    if file.metadata.get("format") != FORMAT:
-        raise UserError(f"{path!r} is a safetensors file but not an ldm model (its metadata does not say so)")
-    if file.metadata.get("version") != VERSION:
-        raise UserError(f"{path!r} has format version {file.metadata.get('version')}, this program reads {VERSION}")
+def spec_of(metadata: Mapping[str, str], path: Path) -> ModelSpec:
+    """The spec in a file's metadata. UserError where it is not ours, of another version or unreadable."""
+    if metadata.get("format") != FORMAT:
+        raise UserError(f"{str(path)!r} is a safetensors file but not an ldm model (its metadata does not say so)")
+    if metadata.get("version") != VERSION:
+        raise UserError(f"{str(path)!r} has format version {metadata.get('version')}, this program reads {VERSION}")
+    return read_spec_json(metadata.get(SPEC, ""), path)
+
+
+def read_spec_json(text: str, path: Path) -> ModelSpec:
+    """A spec from its JSON. UserError, naming the file it came from."""
     try:
-        data = json.loads(file.metadata["spec"])
-        return config.from_dict(ModelSpec, data)
-    except (KeyError, json.JSONDecodeError) as error:
-        raise UserError(f"{path!r} has no readable spec in its metadata: {error}") from None
+        return config.from_dict(ModelSpec, json.loads(text))
+    except (json.JSONDecodeError, RecursionError, TypeError) as error:
+        raise UserError(f"{str(path)!r} has no readable spec in its metadata: {error}") from None
     except UserError as error:
-        raise UserError(f"{path!r}: {error}") from None
-
-
-def _compare(file: SafeFile, wanted: dict[str, torch.Size]) -> None:
-    present = {name for name in file.names if not name.endswith(SCALE)}
-    missing, unexpected = sorted(wanted.keys() - present), sorted(present - wanted.keys())
-    shapes = [n for n in sorted(wanted.keys() & present) if file.shape(n) != wanted[n]]
-    faults = [
-        f"{len(names)} {fault} tensors ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
-        for fault, names in (("missing", missing), ("unexpected", unexpected), ("misshapen", shapes))
-        if names
-    ]
-    if faults:
-        raise UserError(f"{str(file.path)!r} does not fit its own spec: {'; '.join(faults)}")
+        raise UserError(f"{str(path)!r}: {error}") from None

@@ -21,7 +21,7 @@ class AutoencoderConfig:
 
     channels: one width a level from full resolution down, each level but the last halves h and w. decoder_channels: the
     decoder's, where they differ. mean, std: of each latent channel (one value serves all), measured on data after training;
-    SD states only a scale: std = 1 / 0.18215.
+    SD states only a scale: std = 1 / 0.18215. quant_convs: whether 1 x 1 convolutions stand on both sides of the latent.
     """
 
     z_channels: int = 4
@@ -29,6 +29,7 @@ class AutoencoderConfig:
     decoder_channels: tuple[int, ...] = ()
     res_blocks: int = 2
     mid_attention: bool = True
+    quant_convs: bool = True
     groups: int = 32
     mean: tuple[float, ...] = (0.0,)
     std: tuple[float, ...] = (1.0,)
@@ -127,7 +128,8 @@ class Encoder(nn.Module):
         self.mid = Middle(widths[-1], config)
         self.norm_out = norm(widths[-1], config.groups, eps=1e-6)
         self.conv_out = nn.Conv2d(widths[-1], 2 * config.z_channels, 3, padding=1)
-        self.moments = nn.Conv2d(2 * config.z_channels, 2 * config.z_channels, 1)
+        moments = 2 * config.z_channels
+        self.moments = nn.Conv2d(moments, moments, 1) if config.quant_convs else nn.Identity()
 
     def forward(self, image: Image) -> Features:
         h = self.conv_in(image)
@@ -143,7 +145,7 @@ class Decoder(nn.Module):
         super().__init__()
         widths = (config.decoder_channels or config.channels)[::-1]
         last = len(widths) - 1
-        self.expand = nn.Conv2d(config.z_channels, config.z_channels, 1)
+        self.expand = nn.Conv2d(config.z_channels, config.z_channels, 1) if config.quant_convs else nn.Identity()
         self.conv_in = nn.Conv2d(config.z_channels, widths[0], 3, padding=1)
         self.mid = Middle(widths[0], config)
         self.up = nn.ModuleList(
@@ -184,7 +186,10 @@ class Autoencoder(nn.Module):
         return self.config.factor
 
     def _statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        return tuple(like.new_tensor(v).reshape(1, -1, 1, 1) for v in (self.config.mean, self.config.std))  # type: ignore
+        def row(values: tuple[float, ...]) -> Tensor:  # filled on the device: a copy from the host would stop a GPU
+            return torch.cat([like.new_full((1, 1, 1, 1), value) for value in values], dim=1)
+
+        return row(self.config.mean), row(self.config.std)
 
     def encode(self, image: Image) -> Gaussian:
         """image: (b, 3, H, W) in [-1, 1], H and W multiples of `factor`."""

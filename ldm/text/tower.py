@@ -1,4 +1,4 @@
-"""The text tower: CLIP's tokenizer and text transformer (Radford et al. 2021, arXiv:2103.00020), from open_clip."""
+"""The text side: CLIP's tokenizer and text transformer (Radford et al. 2021, arXiv:2103.00020), one tower or two."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,10 +6,11 @@ from functools import cached_property
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ldm.conditioning import Conditioning
-from ldm.shapes import TokenIds
+from ldm.models.layers import sinusoid
+from ldm.shapes import TokenIds, Tokens, Vector
 from ldm.text.open_clip import open_clip
 
 FULL_VOCABULARY = 49408
@@ -21,7 +22,12 @@ class TextConfig:
 
     vocab_size: below 49,408 only the first merges of CLIP's byte-pair encoding are used (any text still encodes, in more
     pieces). layer: which hidden state conditions the image, counted from the end (1 last, 2 penultimate). pad: what fills the
-    rest of the context: token 0 (open_clip) or the end token (CLIP-L in SD 1 and SDXL).
+    rest of the context: token 0 (open_clip) or the end token (CLIP-L in SD 1 and SDXL). mlp: width inside a block, 0 for 4 x.
+
+    Stable Diffusion XL (Podell et al. 2023, Sec. 2.1-2.2) adds: second, a tower whose states stand beside the first's;
+    projection, the width of the pooled text (0: none); size_ids, how many numbers about the picture join it, each as
+    id_width features (6: original size, crop, target size; 5: a score in place of the target); zero_empty: a prompt of no
+    words is all zeros.
     """
 
     width: int = 768
@@ -33,6 +39,12 @@ class TextConfig:
     layer: int = 1
     final_norm: bool = True
     pad: Literal["zero", "end"] = "end"
+    mlp: int = 0
+    projection: int = 0
+    second: "TextConfig | None" = None
+    size_ids: int = 0
+    id_width: int = 256
+    zero_empty: bool = False
 
     def __post_init__(self) -> None:
         if self.width % self.heads:
@@ -41,6 +53,24 @@ class TextConfig:
             raise ValueError(f"layer {self.layer} must be between 1 and layers {self.layers}")
         if not 514 < self.vocab_size <= FULL_VOCABULARY:
             raise ValueError(f"vocab_size {self.vocab_size} must be above 514 and at most {FULL_VOCABULARY}")
+        if self.size_ids not in (0, 5, 6) or (self.size_ids and not self.vector_width):
+            raise ValueError(f"size_ids {self.size_ids} must be 0, or 5 or 6 beside a pooled projection")
+        other = self.second
+        if other and (
+            other.second or (other.vocab_size, other.context_length) != (self.vocab_size, self.context_length)
+        ):
+            raise ValueError("the second tower must read the same tokens as the first, and have no second of its own")
+
+    @property
+    def states_width(self) -> int:
+        """Width of the tokens that condition the image."""
+        return self.width + (self.second.width if self.second else 0)
+
+    @property
+    def vector_width(self) -> int:
+        """Width of the conditioning vector, 0 without one."""
+        pooled = self.second.projection if self.second else self.projection
+        return pooled + (self.size_ids * self.id_width if pooled else 0)
 
 
 class Tokenizer:
@@ -56,6 +86,16 @@ class Tokenizer:
         words = letters + [c + "</w>" for c in letters] + ["".join(m) for m in merges]
         self._bpe.bpe_ranks = {merge: rank for rank, merge in enumerate(merges)}
         self._bpe.encoder = {word: i for i, word in enumerate([*words, "<start_of_text>", "<end_of_text>"])}
+
+    @property
+    def merges(self) -> list[tuple[str, str]]:
+        """The pairs that are joined, the most frequent first."""
+        return list(self._bpe.bpe_ranks)
+
+    @property
+    def words(self) -> list[str]:
+        """The word of each id."""
+        return list(self._bpe.encoder)
 
     def encode(self, prompt: str) -> list[int]:
         """Token ids of a text of any length, without start and end."""
@@ -75,23 +115,13 @@ class Tokenizer:
 
 
 class Conditioner(nn.Module):
-    """prompts -> Conditioning: the hidden states of one text tower."""
+    """prompts -> Conditioning: the hidden states of one text tower or two, and SDXL's vector where the config has one."""
 
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
-        transformer = open_clip().transformer
         self.config = config
-        self.tower = transformer.TextTransformer(
-            context_length=config.context_length,
-            vocab_size=config.vocab_size,
-            width=config.width,
-            heads=config.heads,
-            layers=config.layers,
-            output_dim=None,
-            act_layer=transformer.QuickGELU if config.quickgelu else nn.GELU,
-        )
-        with torch.device("cpu"):  # not a weight: filled here even where the weights still wait on the meta device
-            self.tower.register_buffer("attn_mask", self.tower.build_causal_mask(), persistent=False)
+        self.tower = _tower(config)
+        self.second = _tower(config.second) if config.second else None
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -101,18 +131,74 @@ class Conditioner(nn.Module):
         """(b, context_length) ids on the CPU; what does not fit is cut (`tokenizer` says how much)."""
         return self.tokenizer(prompts)[0]
 
-    def encode(self, ids: TokenIds) -> Conditioning:
-        """Hidden states (b, l, width) of token ids (b, l)."""
-        states = self.tower.forward_intermediates(
-            ids,
-            indices=[self.config.layers - self.config.layer],
-            stop_early=True,
-            normalize_intermediates=self.config.final_norm,
-            intermediates_only=True,
-            output_fmt="NLC",
-        )
-        return Conditioning(tokens=states["text_intermediates"][0])
+    def encode(
+        self, ids: TokenIds, size: tuple[int, int] = (0, 0), *, score: float = 6.0, layer: int | None = None
+    ) -> Conditioning:
+        """Conditions of token ids (b, l) for pictures of size (height, width) in pixels.
 
-    def forward(self, prompts: Sequence[str]) -> Conditioning:
-        """Conditions of prompts, on the device of the weights."""
-        return self.encode(self.tokenize(prompts).to(self.tower.positional_embedding.device))
+        score: how beautiful the picture shall be, 0 to 10, for a model that asks (SDXL's refiner). layer: in place of the
+        config's own, "clip skip".
+        """
+        config = self.config
+        tokens, pooled = _read(self.tower, config, ids, layer)
+        if self.second is not None and config.second is not None:
+            more, pooled = _read(self.second, config.second, _pad(ids, config.second), layer)
+            tokens = torch.cat([tokens, more], dim=2)
+        if config.zero_empty:
+            filled = (ids[:, 1] != config.vocab_size - 1).to(tokens.dtype)
+            tokens = tokens * filled[:, None, None]
+            pooled = None if pooled is None else pooled * filled[:, None]
+        if pooled is None or not config.size_ids:
+            return Conditioning(tokens, vector=pooled)
+        about = [*size, 0, 0, *size] if config.size_ids == 6 else [*size, 0, 0, score]
+        features = sinusoid(torch.tensor(about, device=ids.device, dtype=torch.float32), config.id_width).flatten()
+        return Conditioning(tokens, vector=torch.cat([pooled, features.to(pooled).expand(len(ids), -1)], dim=1))
+
+    def forward(
+        self, prompts: Sequence[str], size: tuple[int, int] = (0, 0), *, score: float = 6.0, layer: int | None = None
+    ) -> Conditioning:
+        """Conditions of prompts, on the device of the weights; see `encode`."""
+        ids = self.tokenize(prompts).to(self.tower.positional_embedding.device)
+        return self.encode(ids, size, score=score, layer=layer)
+
+
+def _tower(config: TextConfig) -> Any:
+    """open_clip's TextTransformer of a config."""
+    transformer = open_clip().transformer
+    tower = transformer.TextTransformer(
+        context_length=config.context_length,
+        vocab_size=config.vocab_size,
+        width=config.width,
+        heads=config.heads,
+        layers=config.layers,
+        mlp_ratio=(config.mlp or 4 * config.width) / config.width,
+        output_dim=config.projection or None,
+        act_layer=transformer.QuickGELU if config.quickgelu else nn.GELU,
+    )
+    with torch.device("cpu"):  # not a weight: filled here even where the weights still wait on the meta device
+        tower.register_buffer("attn_mask", tower.build_causal_mask(), persistent=False)
+    return tower
+
+
+def _read(tower: Any, config: TextConfig, ids: TokenIds, layer: int | None) -> tuple[Tokens, Vector | None]:
+    """Hidden states of the layer asked for, and the projected last state of the end token where the config has it."""
+    layer = config.layer if layer is None else layer
+    if not 1 <= layer <= config.layers:
+        raise ValueError(f"layer {layer} must be between 1 and layers {config.layers}")
+    found = tower.forward_intermediates(
+        ids,
+        indices=[config.layers - layer],
+        stop_early=not config.projection,
+        normalize_intermediates=config.final_norm,
+        intermediates_only=not config.projection,
+        output_fmt="NLC",
+    )
+    # The end token has the largest id, and open_clip pools at the first of the largest: padding by it does no harm.
+    return found["text_intermediates"][0], found.get("text_features")
+
+
+def _pad(ids: TokenIds, config: TextConfig) -> TokenIds:
+    """The same tokens, filled up behind the first end token as another tower wants it."""
+    end = ids == config.vocab_size - 1
+    behind: Tensor = (end.cumsum(1) - end.int()) > 0
+    return ids.masked_fill(behind, config.vocab_size - 1 if config.pad == "end" else 0)

@@ -137,7 +137,7 @@ def test_a_broken_file_is_one_line(what: str, file: Path, tmp_path: Path) -> Non
         broken.write_bytes(content[what])
     elif what == "folder":
         broken.mkdir()
-    with pytest.raises(UserError, match="broken.safetensors") as caught:
+    with pytest.raises(UserError, match=r"broken\.safetensors") as caught:
         native.load(broken)
     assert len(str(caught.value).splitlines()) == 1
 

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ldm.checkpoints.keymap import KeyMap, diffusers_autoencoder, diffusers_unet, transformers_clip
+from ldm.checkpoints import diffusers as names
+from ldm.checkpoints.keymap import KeyMap
 from ldm.conditioning import Conditioning
 from ldm.models.autoencoder import Autoencoder, AutoencoderConfig
 from ldm.models.unet import UNet, UNetConfig
@@ -30,7 +31,9 @@ UNETS = {
         linear_projection=True,
         groups=8,
     ),
-    "inpainting": UNetConfig(in_channels=9, channels=(32, 32), res_blocks=1, depth=(1, 0), heads=(2, 2), context_dim=8, groups=8),
+    "inpainting": UNetConfig(
+        in_channels=9, channels=(32, 32), res_blocks=1, depth=(1, 0), heads=(2, 2), context_dim=8, groups=8
+    ),
 }
 
 
@@ -76,7 +79,7 @@ def test_unet_equals_diffusers(family: str, dtype: torch.dtype) -> None:
         projection_class_embeddings_input_dim=config.vector_dim or None,
     )
     ours = UNet(config)
-    share(ours, theirs, diffusers_unet(ours, config), dtype)
+    share(ours, theirs, names.unet(ours, config), dtype)
 
     z, label = torch.randn(2, config.in_channels, 16, 16, dtype=dtype), torch.tensor([3.0, 801.0], dtype=dtype)
     tokens, vector, extra = torch.randn(2, 7, config.context_dim, dtype=dtype), None, None
@@ -104,7 +107,7 @@ def test_autoencoder_equals_diffusers(dtype: torch.dtype) -> None:
         norm_num_groups=config.groups,
     )
     ours = Autoencoder(config)
-    share(ours, theirs, diffusers_autoencoder(ours, config), dtype)
+    share(ours, theirs, names.autoencoder(ours, config), dtype)
     image, noise = torch.randn(2, 3, 32, 48, dtype=dtype), torch.randn(2, 4, 8, 12, dtype=dtype)
     with torch.no_grad():
         moments = theirs.encode(image).latent_dist
@@ -120,7 +123,9 @@ def test_autoencoder_equals_diffusers(dtype: torch.dtype) -> None:
 def test_text_tower_equals_transformers(quickgelu: bool, layer: int, dtype: torch.dtype) -> None:
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    config = TextConfig(width=32, heads=4, layers=3, context_length=20, vocab_size=600, quickgelu=quickgelu, layer=layer)
+    config = TextConfig(
+        width=32, heads=4, layers=3, context_length=20, vocab_size=600, quickgelu=quickgelu, layer=layer
+    )
     theirs = CLIPTextModel(
         CLIPTextConfig(
             vocab_size=600,
@@ -136,7 +141,7 @@ def test_text_tower_equals_transformers(quickgelu: bool, layer: int, dtype: torc
     ours = Conditioner(config)
     randomise(theirs)
     inner = getattr(theirs, "text_model", theirs).to(dtype)
-    ours.to(dtype).load_state_dict(transformers_clip(ours, config).load(inner.state_dict(), ours.state_dict()))
+    ours.to(dtype).load_state_dict(names.clip(ours, config, prefix="").load(inner.state_dict(), ours.state_dict()))
     ids = ours.tokenize(["a red apple", "two blue sofas and one very long description of a living room beyond the end"])
     with torch.no_grad():
         states = theirs(ids, output_hidden_states=True)
@@ -146,7 +151,7 @@ def test_text_tower_equals_transformers(quickgelu: bool, layer: int, dtype: torc
 
 def test_keymap_is_one_to_one_and_back() -> None:
     ours = UNet(UNETS["sd1"])
-    keymap = diffusers_unet(ours, UNETS["sd1"])
+    keymap = names.unet(ours, UNETS["sd1"])
     there = keymap.save(ours.state_dict())
     assert len(there) == len(ours.state_dict())
     back = keymap.load(there, ours.state_dict())
