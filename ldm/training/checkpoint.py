@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -27,6 +28,21 @@ def write(folder: Path, step: int, saved: Saved, keep: int) -> Path:
     UserError where the disk is full or the folder cannot be written: older checkpoints are then all there.
     """
     target, partial = folder / f"{step:08d}", folder / f".{step:08d}.partial"
+    try:
+        _fill(partial, saved)
+        if target.exists():
+            shutil.rmtree(target)
+        partial.rename(target)
+        _flush(folder)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise UserError(f"cannot write the checkpoint {str(target)!r}: {error}") from None
+    for old in complete(folder)[: -max(keep, 1)]:
+        shutil.rmtree(old)
+    return target
+
+
+def _fill(partial: Path, saved: Saved) -> None:
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     tensors, state = saved
@@ -36,13 +52,6 @@ def write(folder: Path, step: int, saved: Saved, keep: int) -> Path:
     (partial / MANIFEST).write_text(json.dumps(digests, indent=1))
     for path in (*partial.iterdir(), partial):
         _flush(path)
-    if target.exists():
-        shutil.rmtree(target)
-    partial.rename(target)
-    _flush(folder)
-    for old in complete(folder)[: -max(keep, 1)]:
-        shutil.rmtree(old)
-    return target
 
 
 def complete(folder: Path) -> list[Path]:

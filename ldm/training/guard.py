@@ -36,5 +36,5 @@ class Guard:
         keys = dataset.__getitems__(range(step * batch_size, (step + 1) * batch_size))["key"]
         raise UserError(
             f"the loss or a gradient of step {step + 1} is not finite; the last good checkpoint is {good or 'none'}. "
-            f"Look at its samples, or take a lower --optim.lr or --run.precision fp32. Keys of the batch: {', '.join(keys)}"
+            f"Look at its samples or take a lower --optim.lr or --run.precision fp32. Its keys: {', '.join(keys)}"
         )

@@ -4,8 +4,8 @@ Nothing random lives here. Data, noise and every other choice of a sample follow
 stream, so what a checkpoint needs besides tensors is one number, the step.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -85,13 +85,20 @@ def train(task: Task, config: VaeRun | LdmRun, path: Path) -> Outcome:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.benchmark = True
 
     layout = torch.channels_last if run.channels_last else torch.preserve_format
-    task.to(device)
+    with accelerator.main_process_first():  # what it may prepare on disk is then there for the others
+        task.to(device)
     for network in task.networks.values():
         network.to(memory_format=layout)  # type: ignore[call-overload]
     learners = [Learner(objective, optim, accelerator, main=i == 0) for i, objective in enumerate(task.objectives())]
     optimizers = {learner.objective.name: learner.optimizer for learner in learners}
     ema = Ema([p for name in task.averaged for p in task.networks[name].parameters() if p.requires_grad], run.ema)
     meter, guard, done = Meter(device), Guard(device), 0
+
+    @contextmanager
+    def evaluating() -> Iterator[None]:
+        """With the averaged weights, and not compiled once more for other shapes and without gradients."""
+        with ema.applied(), torch.no_grad(), accelerator.autocast(), torch.compiler.set_stance("force_eager"):
+            yield
 
     with Bar(run.steps, shown=main) as bar, interrupts() as interrupted:
         if found := checkpoint.newest(folder.checkpoints, bar.say):
@@ -123,7 +130,7 @@ def train(task: Task, config: VaeRun | LdmRun, path: Path) -> Outcome:
         def export() -> None:
             if main:
                 provenance = {"config": configs.to_dict(config), "steps": done, "images": done * run.batch_size}
-                with ema.applied(), torch.no_grad(), accelerator.autocast():
+                with evaluating():
                     task.export(folder.model, provenance)
             accelerator.wait_for_everyone()
 
@@ -166,7 +173,7 @@ def train(task: Task, config: VaeRun | LdmRun, path: Path) -> Outcome:
                 bar.show(f"loss {record['loss']:.4g}  {record['images_per_s']:.4g} images/s")
             with clock.paused():
                 if main and (due(run.validate_every) or due(run.sample_every)):
-                    with ema.applied(), torch.no_grad(), accelerator.autocast():
+                    with evaluating():
                         if due(run.validate_every):
                             record |= task.validate()
                         if due(run.sample_every):

@@ -37,10 +37,10 @@ class Bar:
             self._task = self._progress.add_task("", total=self.steps, completed=done, facts="")
             self._progress.start()
 
-    def step(self) -> None:
-        self.done += 1
+    def step(self, count: int = 1) -> None:
+        self.done += count
         if self._progress:
-            self._progress.advance(self._task)
+            self._progress.advance(self._task, count)
 
     def show(self, facts: str) -> None:
         """Say how it goes, such as "loss 0.12, 300 images/s"."""

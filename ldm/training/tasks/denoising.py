@@ -7,11 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import UInt8
 from torch import Tensor, nn
 
 from ldm.checkpoints import native
+from ldm.checkpoints.files import sha256
 from ldm.conditioning import Conditioning
-from ldm.data.dataset import open_dataset, to_image
+from ldm.data.cache import CachedDataset, cache_latents
+from ldm.data.dataset import Dataset, open_dataset, to_image
 from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.guidance import cfg
 from ldm.diffusion.losses import WEIGHTINGS, diffusion_loss
@@ -27,6 +30,7 @@ from ldm.training import keyed
 from ldm.training.config import LdmRun
 from ldm.training.heldback import HeldBack
 from ldm.training.loop import Batch, Losses, Objective
+from ldm.training.progress import Bar
 
 EMBEDDED = Path(__file__).parents[2] / "assets" / "embedded.safetensors"
 
@@ -39,8 +43,8 @@ class DenoisingTask:
 
     def __init__(self, config: LdmRun) -> None:
         self.config, self.seed = config, config.run.seed
-        source = native.load_autoencoder(EMBEDDED if config.autoencoder == "embedded" else config.autoencoder)
-        self.autoencoder = source.autoencoder
+        self._source = EMBEDDED if config.autoencoder == "embedded" else Path(config.autoencoder)
+        self.autoencoder = native.load_autoencoder(self._source).autoencoder
         self.backbone = UNet(config.backbone)
         self.text = _tower(config)
         _check_fit(config, self.autoencoder.config.z_channels, self.autoencoder.factor)
@@ -51,7 +55,8 @@ class DenoisingTask:
             self.networks["text"] = self.text
         self.averaged = tuple(self.networks)
         self.empty = self.text.tokenize([""])
-        self.dataset = open_dataset(config.data, self.text.tokenize)
+        self._pictures = open_dataset(config.data, self.text.tokenize)
+        self.dataset: Dataset = self._pictures
         self.held_back = HeldBack(config.data, config.run.validate_on, self.text.tokenize)
         if config.run.compile:
             self.backbone.compile()
@@ -62,6 +67,8 @@ class DenoisingTask:
         for module in (self.autoencoder, self.backbone, self.text):
             module.to(device)
         self.empty = self.empty.to(device)
+        if self.config.cache:
+            self.dataset = self._encoded(self.config.cache)
 
     def objectives(self) -> list[Objective]:
         return [Objective("denoiser", tuple(self.networks.values()), self.denoising_loss)]
@@ -79,15 +86,30 @@ class DenoisingTask:
         """The loss of each sample (b,) at given noise."""
         return diffusion_loss(self.backbone, self.prediction, self.schedule, x0, sigma, noise, cond, self.weighting)
 
-    @torch.no_grad()
     def latent(self, batch: Batch) -> Latent:
         """A draw from the posterior of each picture, cached or encoded now; fp32."""
         if "mean" in batch:
             mean, std = batch["mean"].float(), batch["std"].float()
         else:
-            posterior = self.autoencoder.encode(to_image(batch["image"]))
-            mean, std = posterior.mean.float(), (0.5 * posterior.logvar.float()).exp()
+            mean, std = self._posterior(batch["image"])
         return mean + std * keyed.normal(self.seed, "posterior", batch["position"], tuple(mean.shape[1:]))
+
+    def _encoded(self, folder: str) -> CachedDataset:
+        """The training pictures as latents, read from the folder if it has them."""
+        with Bar(len(self._pictures)) as bar:
+
+            def show(done: int, total: int) -> None:
+                bar.step(done - bar.done)
+                bar.show("pictures encoded")
+
+            model = sha256(self._source)
+            return cache_latents(self._pictures, self._posterior, folder, model=model, show=show)
+
+    @torch.no_grad()
+    def _posterior(self, image: UInt8[Tensor, "b 3 h w"]) -> tuple[Latent, Latent]:
+        """Mean and deviation of the latents of pictures in 0..255."""
+        posterior = self.autoencoder.encode(to_image(image.to(self.device)))
+        return posterior.mean.float(), (0.5 * posterior.logvar.float()).exp()
 
     def encode_text(self, ids: TokenIds) -> Conditioning:
         with torch.set_grad_enabled(self.config.text.train and torch.is_grad_enabled()):
