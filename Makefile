@@ -38,3 +38,13 @@ clean:
 .venv/.installed-dev: requirements-dev.txt .venv/.installed
 	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	@touch $@
+
+.PHONY: weights corpus
+weights: weights/lpips_vgg.safetensors
+
+weights/lpips_vgg.safetensors: | .venv/.installed
+	$(PY) scripts/fetch_weights.py --out weights
+
+corpus: .venv/.installed
+	$(PY) -m pip install --quiet --disable-pip-version-check resvg-py==0.5.0
+	$(PY) scripts/make_corpus.py --out data/parquet $(ARGS)

@@ -1,13 +1,13 @@
 """Pictures of 3D models (Wavefront OBJ in a zip catalogue) from all sides: a z-buffer over points, in numpy.
 
-Every triangle is sown with points that lie closer than pixels, and the nearest point of each pixel is kept. That is slower
-than a real rasteriser and a tenth of its code.
+Every triangle is sown with points that lie closer than pixels, and the nearest point of each pixel is kept: slower than
+a rasteriser of scan lines, and far shorter.
 """
 
 import posixpath
 import zipfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from io import BytesIO
 
 import numpy as np
@@ -60,8 +60,8 @@ def read_mesh(archive: zipfile.ZipFile, path: str) -> Mesh:
             current = order.setdefault(rest.strip(), len(order))
         elif word == "f":
             face = [f"{corner}/".split("/") for corner in rest.split()]
-            at = [_index(corner[0], len(points), 1) for corner in face]
-            on = [_index(corner[1] or "0", len(uv), 0) for corner in face]
+            at = [_index(corner[0], len(points), 0) for corner in face]
+            on = [_index(corner[1] or "0", len(uv), 1) for corner in face]
             corners += [(at[0], at[i], at[i + 1]) for i in range(1, len(at) - 1)]  # a fan
             coordinates += [(on[0], on[i], on[i + 1]) for i in range(1, len(on) - 1)]
             used += [current] * (len(at) - 2)
@@ -69,6 +69,13 @@ def read_mesh(archive: zipfile.ZipFile, path: str) -> Mesh:
         raise ValueError(f"{path} holds no faces")
     materials = [named.get(name, Material()) for name in order]
     return Mesh(np.array(points)[corners], np.array(uv)[coordinates], np.array(used), materials)
+
+
+def pose(mesh: Mesh, rotation: Float[np.ndarray, "3 3"], box: tuple[float, float, float]) -> Mesh:
+    """Turn a mesh, then stretch it to `box`: width, height, depth."""
+    corners = mesh.corners @ rotation.T
+    extent = corners.max((0, 1)) - corners.min((0, 1))
+    return replace(mesh, corners=corners * (np.array(box) / np.maximum(extent, 1e-9)))
 
 
 def views(mesh: Mesh, count: int = 8, size: int = 128) -> Iterator[Image.Image]:
@@ -84,36 +91,39 @@ def _draw(mesh: Mesh, corners: np.ndarray, size: int) -> Image.Image:
     low, high = corners.min((0, 1)), corners.max((0, 1))
     scale = 0.96 * size / max((high - low)[:2].max(), 1e-9)
     pixels = (corners - (low + high) / 2) * scale * (1, -1, 1) + (size / 2, size / 2, 0)
-    triangle, weights = _sow(pixels)
-    point = np.einsum("nk,nkd->nd", weights, pixels[triangle])
+    # The shortest edge of a triangle goes last: slivers, which models are full of, then need few points
+    edges = np.linalg.norm((np.roll(pixels, 1, 1) - np.roll(pixels, -1, 1))[..., :2], axis=-1)
+    order = (edges.argmin(1)[:, None] + np.arange(3))[..., None] % 3
+    triangle, weights, point = _sow(np.take_along_axis(pixels, order, 1), edges.max(1), edges.min(1))
     x, y = point[:, :2].clip(0, size - 1).astype(int).T
     opacity = np.array([m.opacity for m in mesh.materials])[mesh.material[triangle]]
     shown = (opacity > 0.6) | ((opacity > 0.1) & ((x + y) % 2 == 0))  # glass: every other point
     # Nearest point of each pixel: depth in the high bits, the point's number in the low ones
-    near = ((point[:, 2] - point[:, 2].min()) * 1024).astype(np.int64) << 32 | np.arange(len(point))
-    nearest = np.full(size * size, -1)
+    near = ((point[:, 2] - pixels[..., 2].min() + 1) * 1024).astype(np.int64) << 32 | np.arange(len(point))
+    nearest = np.zeros(size * size, np.int64)
     np.maximum.at(nearest, (y * size + x)[shown], near[shown])
-    hit = nearest >= 0
+    hit = nearest > 0
     winner = nearest[hit] & 0xFFFFFFFF
+    uv = np.einsum("nk,nkd->nd", weights[winner], np.take_along_axis(mesh.uv, order, 1)[triangle[winner]])
     out = np.zeros((size * size, 4), np.uint8)
-    out[hit, :3] = 255 * _colours(mesh, triangle[winner], weights[winner]) * _shade(corners)[triangle[winner], None]
+    out[hit, :3] = 255 * _colours(mesh, triangle[winner], uv) * _shade(corners)[triangle[winner], None]
     out[hit, 3] = 255
     return Image.fromarray(out.reshape(size, size, 4))
 
 
-def _sow(triangles: Float[np.ndarray, "t 3 3"]) -> tuple[Int[np.ndarray, " n"], Float[np.ndarray, "n 3"]]:
-    """Points less than a pixel apart: the triangle of each, and its weights of the three corners."""
-    flat = triangles[..., :2]
-    longest = np.linalg.norm(flat - np.roll(flat, 1, axis=1), axis=-1).max(1)
-    steps = 2 ** np.ceil(np.log2(1 + 1.5 * longest)).astype(int)
-    which, weights = [], []
-    for step in np.unique(steps):
-        i, j = np.mgrid[: step + 1, : step + 1].reshape(2, -1)
-        grid = np.stack([i, j, step - i - j], 1)[i + j <= step] / step
-        index = np.flatnonzero(steps == step)
+def _sow(corners: np.ndarray, long: np.ndarray, short: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Points less than a pixel apart: the triangle of each (n,), its weights of the corners (n, 3), itself (n, 3)."""
+    lengths = 1 + 1.3 * np.stack([long, short], 1)
+    steps = (2 ** (np.ceil(2 * np.log2(lengths)) / 2)).astype(int)  # few sizes, so that equal ones are done at once
+    which, weights, points = [], [], []
+    for across, along in np.unique(steps, axis=0):
+        s, t = np.mgrid[0 : 1 : (across + 1) * 1j, 0 : 1 : (along + 1) * 1j].reshape(2, -1)
+        grid = np.stack([1 - s, s - s * t, s * t], 1)
+        index = np.flatnonzero((steps == (across, along)).all(1))
         which.append(np.repeat(index, len(grid)))
         weights.append(np.tile(grid, (len(index), 1)))
-    return np.concatenate(which), np.concatenate(weights)
+        points.append((grid @ corners[index]).reshape(-1, 3))
+    return np.concatenate(which), np.concatenate(weights), np.concatenate(points)
 
 
 def _shade(corners: np.ndarray) -> np.ndarray:
@@ -123,15 +133,16 @@ def _shade(corners: np.ndarray) -> np.ndarray:
     return 0.4 + 0.6 * (normal @ _LIGHT).clip(0)
 
 
-def _colours(mesh: Mesh, triangle: np.ndarray, weights: np.ndarray) -> np.ndarray:
+def _colours(mesh: Mesh, triangle: np.ndarray, uv: np.ndarray) -> np.ndarray:
+    """Colour (n, 3) at texture coordinates (n, 2) of triangles (n,)."""
     colour = np.array([m.colour for m in mesh.materials])[mesh.material[triangle]]
-    uv = np.einsum("nk,nkd->nd", weights, mesh.uv[triangle])
     for index, material in enumerate(mesh.materials):
         if (texture := material.texture) is not None:
             mine = mesh.material[triangle] == index
             u, v = (uv[mine] % 1).T
             height, width = texture.shape[:2]
-            colour[mine] = texture[((1 - v) * (height - 1)).astype(int), (u * (width - 1)).astype(int)]
+            rows, columns = ((1 - v) * height).astype(int).clip(max=height - 1), (u * width).astype(int)
+            colour[mine] = texture[rows, columns]
     return colour
 
 
@@ -158,6 +169,6 @@ def _materials(archive: zipfile.ZipFile, path: str) -> dict[str, Material]:
 
 
 def _index(text: str, count: int, first: int) -> int:
-    """An OBJ index, which may count from the end, as one into our list whose entry 1 stands at 1 - first."""
+    """Place in a list of `count` entries, of which OBJ calls `first` number 1, or number -1 the last."""
     number = int(text)
-    return count + number if number < 0 else number - first
+    return count + number if number < 0 else number - 1 + first
