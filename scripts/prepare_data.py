@@ -24,10 +24,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TimeRemainingColumn
-from rich.table import Table
 from rich.text import Text
 
 from ldm.data.prepare import PrepareConfig, per_source, prepare
+from ldm.data.report import lines
 from ldm.errors import Parser, script
 
 
@@ -55,31 +55,20 @@ def main() -> None:
     given = vars(parser.parse_args())
     sources, templates, most = given.pop("sources"), given.pop("caption_template"), given.pop("max_captions")
     config = PrepareConfig(**given, templates=tuple(templates), max_captions=per_source(most))
-    with Progress(
-        BarColumn(), MofNCompleteColumn(), Rate(), TimeRemainingColumn(), console=Console(stderr=True)
-    ) as bar:
+    bar = Progress(BarColumn(), MofNCompleteColumn(), Rate(), TimeRemainingColumn(), console=Console(stderr=True))
 
-        def show(done: int, total: int) -> None:  # the first call says what an earlier run has done
-            task = bar.tasks[0].id if bar.tasks else bar.add_task("", total=total, completed=done)
-            bar.update(task, completed=done)
+    def show(done: int, total: int) -> None:  # the first call says what an earlier run has done
+        if not bar.tasks:
+            bar.add_task("", total=total, completed=done)
+            bar.start()
+        bar.update(bar.tasks[0].id, completed=done)
 
+    try:
         report = prepare(sources, config, show)
-    print_report(report, config.out)
-
-
-def print_report(report: dict, out: str) -> None:
-    console = Console()
-    held = report.get("validation", {"kept": {}, "samples": 0, "refused": {}})
-    table = Table("source", "offered", "training", "validation")
-    for name, offered in report["offered"].items():
-        table.add_row(name, str(offered), str(report["kept"][name]), str(held["kept"].get(name, 0)))
-    console.print(table)
-    for part in (report, held):
-        for reason, about in part["refused"].items():
-            console.print(f"refused {about['count']}: {reason}, such as {about['examples'][0]}", markup=False)
-    for template in (text for text, used in report["templates"].items() if not used):
-        console.print(f"template {template!r} made no caption: are its columns there?", markup=False)
-    console.print(f"{report['samples']} + {held['samples']} samples in {out}, see {out}/report.json", markup=False)
+    finally:
+        if bar.tasks:
+            bar.stop()
+    print(*lines(report), f"report: {Path(config.out) / 'report.json'}", sep="\n")
 
 
 if __name__ == "__main__":

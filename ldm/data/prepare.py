@@ -12,7 +12,9 @@ import io
 import itertools
 import json
 import multiprocessing
+import os
 import signal
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -24,13 +26,13 @@ from PIL import Image
 
 from ldm.data.captions import own_captions, read_templates
 from ldm.data.images import FORMATS, decode, has_alpha
+from ldm.data.report import count
 from ldm.data.shards import Entry, sha256, write_json, write_manifest, write_shard
 from ldm.data.sources import Raw, Source, open_sources
 from ldm.errors import UserError, nearest
 
 MAX_ASPECT = 4.0
 _SUFFIX = {"WEBP": "webp", "JPEG": "jpg", "PNG": "png"}
-_EXAMPLES = 5  # ids named in the report for each reason
 
 
 @dataclass(frozen=True)
@@ -94,15 +96,15 @@ def prepare(paths: Sequence[str], config: PrepareConfig, show: Callable[[int, in
         done[job.path] = stats
     for folder in {job.path.parent for job in jobs}:
         write_manifest(folder, [Entry(**done[job.path]["shard"]) for job in jobs if job.path.parent == folder])
-    offered = {name: len(rows) for name, rows in zip(names, ids, strict=True)}
-    report = _report(offered, [done[job.path] for job in jobs if job.path.parent == out], config)
-    if val:
-        held = _report(offered, [done[job.path] for job in jobs if job.path.parent != out], config)
-        report["validation"] = {key: held[key] for key in ("samples", "shards", "kept", "refused")}
+    report = {
+        "offered": {name: len(rows) for name, rows in zip(names, ids, strict=True)},
+        **count([done[job.path] for job in jobs if job.path.parent == out], names, config.templates),
+        "validation": count([done[job.path] for job in jobs if job.path.parent != out], names, config.templates),
+    }
     write_json(out / "report.json", report)
     if not report["samples"]:
-        reasons = "; ".join(about["examples"][0] for about in report["refused"].values()) or "they hold none"
-        raise UserError(f"none of the {sum(offered.values())} pictures can be used: {reasons}")
+        reasons = "; ".join(about["examples"][0] for about in report["refused"].values()) or "there are none"
+        raise UserError(f"none of the {sum(map(len, ids))} pictures can be used: {reasons}")
     return report
 
 
@@ -113,6 +115,8 @@ def _check(config: PrepareConfig, names: Sequence[str]) -> None:
         raise UserError(f"a shard of {config.shard_size} samples cannot be numbered: give 1 to 10000")
     if not 0 <= config.holdout < 1:
         raise UserError(f"holdout {config.holdout} is not a share: give 0 to less than 1, such as 0.02")
+    if config.limit_per_source is not None and config.limit_per_source < 1:
+        raise UserError(f"limit {config.limit_per_source} leaves no pictures: give 1 or more")
     if not 1 <= config.quality <= 100:
         raise UserError(f"quality {config.quality} is out of range: give 1 to 100")
     for name in config.max_captions:
@@ -203,7 +207,16 @@ def _run(
 def _begin(sources: Sequence[Source], config: PrepareConfig, counter: Any) -> None:
     global _work_state
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that waits
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     _work_state = (sources, config, counter)
+
+
+def _end_with_parent() -> None:
+    """A parent that was killed tells nobody: without this its processes would wait for work for ever."""
+    parent = multiprocessing.parent_process()
+    if parent:
+        parent.join()
+        os._exit(1)
 
 
 _work_state: tuple[Sequence[Source], PrepareConfig, Any]
@@ -288,28 +301,6 @@ def fit(data: bytes, config: PrepareConfig) -> tuple[str, bytes, tuple[int, int]
     kind = next(name for name, s in _SUFFIX.items() if s == suffix)
     picture.save(target, kind, quality=config.quality)
     return suffix, target.getvalue(), picture.size
-
-
-def _report(offered: Mapping[str, int], shards: Sequence[Mapping[str, Any]], config: PrepareConfig) -> dict[str, Any]:
-    kept: collections.Counter[str] = collections.Counter()
-    used = collections.Counter(dict.fromkeys(config.templates, 0))
-    refused: dict[str, dict[str, Any]] = {}
-    for stats in shards:
-        kept.update(stats["kept"])
-        used.update(stats["templates"])
-        for id, text in stats["refused"]:
-            reason = refused.setdefault(text.partition(":")[0], {"count": 0, "examples": []})
-            reason["count"] += 1
-            if len(reason["examples"]) < _EXAMPLES:
-                reason["examples"].append(f"{id}: {text}")
-    return {
-        "samples": sum(stats["shard"]["samples"] for stats in shards),
-        "shards": len(shards),
-        "offered": dict(offered),
-        "kept": {name: kept[name] for name in offered},
-        "refused": refused,
-        "templates": dict(used),
-    }
 
 
 def per_source(texts: Sequence[str]) -> dict[str, int]:

@@ -8,7 +8,7 @@ import tarfile
 import pytest
 import webdataset
 
-from ldm.data.shards import Damaged, Shards, expand, read_manifest, scan, write_shard
+from ldm.data.shards import Damaged, Shards, expand, read_manifest, scan, write_manifest, write_shard
 from ldm.errors import UserError
 
 
