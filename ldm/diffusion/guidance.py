@@ -12,7 +12,7 @@ Denoise = Callable[[Latent, Sigma], Latent]
 Conditional = Callable[[Latent, Sigma, Any], Latent]
 
 
-def bind(denoiser: Conditional, cond: Conditioning) -> Denoise:
+def bind(denoiser: Conditional, cond: Any) -> Denoise:
     """The denoiser under one condition."""
     return lambda x, sigma: denoiser(x, sigma, cond)
 

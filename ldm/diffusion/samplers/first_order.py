@@ -77,7 +77,7 @@ def tcd(
     check_range("eta", eta, 0, 1)
 
     def split(s: float, t: float) -> tuple[float, float]:
-        down = below(t, eta) if below else (1 - eta) * t
+        down = below(t, eta) if below and t > 0 else (1 - eta) * t
         return down, math.sqrt(t * t - down * down)
 
     return _first_order(denoise, x, sigmas, noise, split)
