@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from accelerate import Accelerator
@@ -45,6 +45,7 @@ class Objective(NamedTuple):
     start: int = 0
 
 
+@runtime_checkable
 class Task(Protocol):
     """What is trained. `validate`, `sample` and `export` are called while the averaged networks hold their average."""
 

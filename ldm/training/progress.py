@@ -11,7 +11,7 @@ QUIET_SECONDS = 10.0  # between two lines where there is no terminal
 
 
 class Bar:
-    """`with Bar(steps) as bar: bar.begin(0); bar.step(); bar.show("loss 0.1")`, on stderr.
+    """`with Bar(steps) as bar: bar.step(); bar.show("loss 0.1")`, on stderr.
 
     shown: False in all processes but one.
     """
@@ -24,6 +24,9 @@ class Bar:
         self._progress = Progress(*columns, console=self._console) if shown and self._console.is_terminal else None
 
     def __enter__(self) -> "Bar":
+        if self._progress:
+            self._task = self._progress.add_task("", total=self.steps, facts="")
+            self._progress.start()
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -34,8 +37,7 @@ class Bar:
         """The first step to come is number `done`."""
         self.start, self.done, self._began = done, done, time.monotonic()
         if self._progress:
-            self._task = self._progress.add_task("", total=self.steps, completed=done, facts="")
-            self._progress.start()
+            self._progress.update(self._task, completed=done)
 
     def step(self, count: int = 1) -> None:
         self.done += count

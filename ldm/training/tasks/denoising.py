@@ -23,6 +23,7 @@ from ldm.diffusion.predictions import PREDICTIONS
 from ldm.diffusion.samplers import find_sampler
 from ldm.diffusion.schedules import make_schedule
 from ldm.errors import UserError
+from ldm.models.autoencoder import AutoencoderConfig
 from ldm.models.unet import UNet
 from ldm.shapes import Image, Latent, TokenIds
 from ldm.text.tower import Conditioner
@@ -44,10 +45,11 @@ class DenoisingTask:
     def __init__(self, config: LdmRun) -> None:
         self.config, self.seed = config, config.run.seed
         self._source = EMBEDDED if config.autoencoder == "embedded" else Path(config.autoencoder)
-        self.autoencoder = native.load_autoencoder(self._source).autoencoder
+        source = native.load_autoencoder(self._source)
+        self.autoencoder, self._autoencoder = source.autoencoder, source.spec.autoencoder
         self.backbone = UNet(config.backbone)
         self.text = _tower(config)
-        _check_fit(config, self.autoencoder.config.z_channels, self.autoencoder.factor)
+        _check_fit(config, self._autoencoder)
         self.prediction, self.schedule = PREDICTIONS[config.prediction], make_schedule(config.schedule)
         self.weighting = WEIGHTINGS[config.loss.weighting]
         self.networks: dict[str, nn.Module] = {"backbone": self.backbone}
@@ -137,7 +139,7 @@ class DenoisingTask:
         sigmas = self.schedule.steps(how.steps, how.schedule)
         noise = SeededNoise([self.config.samples.seed + i for i in range(len(prompts))])
         side = self.config.data.size // self.autoencoder.factor
-        blank = torch.zeros(len(prompts), self.autoencoder.config.z_channels, side, side, device=self.device)
+        blank = torch.zeros(len(prompts), self._autoencoder.z_channels, side, side, device=self.device)
         x = noise(blank) * self.schedule.start(float(sigmas[0]))
         *_, last = find_sampler(how.sampler)(denoise, x, sigmas, noise)
         return self.autoencoder.decode(last.x), 0
@@ -146,7 +148,7 @@ class DenoisingTask:
         """Write the whole model: everything that txt2img needs."""
         config = self.config
         spec = native.ModelSpec(
-            self.autoencoder.config,
+            self._autoencoder,
             config.data.size,
             config.backbone,
             config.text.tower,
@@ -173,8 +175,8 @@ def _tower(config: LdmRun) -> Conditioner:
     return text.requires_grad_(config.text.train)
 
 
-def _check_fit(config: LdmRun, z_channels: int, factor: int) -> None:
-    backbone, size = config.backbone, config.data.size
+def _check_fit(config: LdmRun, autoencoder: AutoencoderConfig) -> None:
+    backbone, size, z_channels = config.backbone, config.data.size, autoencoder.z_channels
     if (backbone.in_channels, backbone.out_channels) != (z_channels, z_channels):
         raise UserError(
             f"backbone.in_channels {backbone.in_channels} and out_channels {backbone.out_channels} must both be "
@@ -184,5 +186,7 @@ def _check_fit(config: LdmRun, z_channels: int, factor: int) -> None:
         raise UserError(
             f"backbone.context_dim {backbone.context_dim} is not text.tower.width {config.text.tower.width}"
         )
-    if size % (factor * backbone.factor):
-        raise UserError(f"data.size {size} is not a multiple of {factor * backbone.factor} (autoencoder x backbone)")
+    if size % (autoencoder.factor * backbone.factor):
+        raise UserError(
+            f"data.size {size} is not a multiple of {autoencoder.factor * backbone.factor}, which halvings need"
+        )
