@@ -13,6 +13,7 @@ import re
 import shutil
 import subprocess
 import tarfile
+import warnings
 import zipfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -102,7 +103,7 @@ def encode(draw: Callable[[], dict[str, Image.Image]]) -> dict[str, tuple[bytes,
                 found[end] = (file.getvalue(), colour_word(flat))
     except UserError:
         raise
-    except (OSError, KeyError, ValueError, Image.DecompressionBombError):
+    except (OSError, KeyError, ValueError, Image.DecompressionBombError, Image.DecompressionBombWarning):
         return {}
     return found
 
@@ -239,10 +240,8 @@ def _unique(texts: list[str]) -> list[str]:
 
 
 def _open(file: Path) -> Image.Image:
-    """RGBA. ValueError for one of the few that would fill the memory."""
-    with Image.open(file) as image:
-        if image.width * image.height > 40_000_000:
-            raise ValueError(f"a picture of {image.size} pixels")
+    """RGBA. Pillow's warning for one of the few that would fill the memory is an error here."""
+    with warnings.catch_warnings(action="error", category=Image.DecompressionBombWarning), Image.open(file) as image:
         return image.convert("RGBA")
 
 

@@ -115,6 +115,7 @@ def test_clipart_is_named_cut_and_kept_once(tmp_path: Path) -> None:
     saved(disc("blue", size=200, margin=90), root / "food/tiny.png")
     saved(disc("blue", size=100), root / "computer/screen.png")
     (root / "food/broken.png").write_bytes(b"no picture")
+    saved(Image.new("1", (30_000, 3_000)), root / "food/vast.png")
     (drawings / "plants").mkdir(parents=True)
     title = "<dc:title>Clipart by A B - Old  Oak &amp; leaf</dc:title><rdf:li>Tree</rdf:li><rdf:li>HASH(0x8)</rdf:li>"
     (drawings / "plants/tree_01.svg").write_text(f"<svg>{title}</svg>")
