@@ -81,7 +81,7 @@ def _in_folder(folder: Path) -> list[Path]:
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary name beside `path`, which becomes `path`, safely on disk, when the block ends well, and else goes."""
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # two ranks may write the same cache
     try:
         yield temporary
         with temporary.open("rb") as file:
