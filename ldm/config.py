@@ -81,7 +81,7 @@ def _pairs(arguments: Sequence[str]) -> list[tuple[str, Any]]:
         if not equals:
             text = rest.pop(0) if rest and not rest[0].startswith("--") else "true"
         try:
-            pairs.append((name.replace("-", "_"), yaml.safe_load(text)))
+            pairs.append((name.replace("-", "_"), yaml.safe_load(text) if text else ""))
         except yaml.YAMLError:
             pairs.append((name.replace("-", "_"), text))
     return pairs
