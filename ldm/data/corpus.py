@@ -228,7 +228,7 @@ def _code(text: str) -> str:
 def _plain(text: str) -> str:
     """A title in lower case, without who made it and without what is not a word."""
     text = re.sub(r"^clipart by [^-]*- *", "", html.unescape(text).lower())
-    return " ".join(re.sub(r"[_#\d]+|\( *\)|\s-+\s", " ", text).split())
+    return " ".join(re.sub(r"[_#°\d]+|\( *\)|\s-+\s", " ", text).split())
 
 
 def _article(name: str) -> str:

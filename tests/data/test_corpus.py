@@ -67,7 +67,7 @@ def catalogue(folder: Path, obj: str = CUBE) -> Path:
     path.parent.mkdir(parents=True)
     texture = Image.new("RGB", (2, 2), "red")
     texture.putpixel((0, 0), (255, 255, 0))  # the upper left corner is yellow
-    entry = "name#1=Die\\u00e9\nmodel#1=/d/c.obj\nwidth#1=2\nheight#1=2\ndepth#1=2\ncategory#1=Toys\ncreator#1=Ann\n"
+    entry = "name#1=Die\\u00e9 90\\u00b0\nmodel#1=/d/c.obj\nwidth#1=2\nheight#1=2\ndepth#1=2\ncategory#1=Toys\ncreator#1=Ann\n"
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("PluginFurnitureCatalog.properties", entry)
         archive.writestr("d/c.obj", obj)
