@@ -19,9 +19,10 @@ from ldm.shapes import Image, Latent
 class AutoencoderConfig:
     """Widths of an autoencoder, and the statistics of its latents; the defaults are Stable Diffusion's.
 
-    channels: one width a level from full resolution down, each level but the last halves h and w. decoder_channels: the
-    decoder's, where they differ. mean, std: of each latent channel (one value serves all), measured on data after training;
-    SD states only a scale: std = 1 / 0.18215. quant_convs: whether 1 x 1 convolutions stand on both sides of the latent.
+    channels: one width a level from the finest down, each level but the last halves h and w. decoder_channels: the
+    decoder's, where they differ. patch: the finest level sees patch x patch pixels as one, which saves most of the work (the
+    stem of LTX-Video, arXiv:2501.00103); SD has 1. mean, std: of each latent channel (one value serves all), measured on data
+    after training; SD states only a scale: std = 1 / 0.18215. quant_convs: whether 1 x 1 convolutions stand on both sides of the latent.
     """
 
     z_channels: int = 4
@@ -30,6 +31,7 @@ class AutoencoderConfig:
     res_blocks: int = 2
     mid_attention: bool = True
     quant_convs: bool = True
+    patch: int = 1
     groups: int = 32
     mean: tuple[float, ...] = (0.0,)
     std: tuple[float, ...] = (1.0,)
@@ -46,7 +48,7 @@ class AutoencoderConfig:
     @property
     def factor(self) -> int:
         """Pixels a latent cell, along each side."""
-        return 2 ** (len(self.channels) - 1)
+        return self.patch * 2 ** (len(self.channels) - 1)
 
 
 class Gaussian(NamedTuple):
@@ -116,7 +118,8 @@ class Encoder(nn.Module):
     def __init__(self, config: AutoencoderConfig) -> None:
         super().__init__()
         widths, last = config.channels, len(config.channels) - 1
-        self.conv_in = nn.Conv2d(3, widths[0], 3, padding=1)
+        self.patch = config.patch
+        self.conv_in = nn.Conv2d(3 * config.patch**2, widths[0], 3, padding=1)
         self.down = nn.ModuleList(
             Stage(
                 [widths[max(level - 1, 0)]] + [width] * config.res_blocks,
@@ -132,7 +135,7 @@ class Encoder(nn.Module):
         self.moments = nn.Conv2d(moments, moments, 1) if config.quant_convs else nn.Identity()
 
     def forward(self, image: Image) -> Features:
-        h = self.conv_in(image)
+        h = self.conv_in(F.pixel_unshuffle(image, self.patch))
         for stage in self.down:
             h = stage(h)
         return self.moments(self.conv_out(F.silu(self.norm_out(self.mid(h)))))
@@ -157,13 +160,14 @@ class Decoder(nn.Module):
             for level, width in enumerate(widths)
         )
         self.norm_out = norm(widths[-1], config.groups, eps=1e-6)
-        self.conv_out = nn.Conv2d(widths[-1], 3, 3, padding=1)
+        self.conv_out = nn.Conv2d(widths[-1], 3 * config.patch**2, 3, padding=1)
+        self.patch = config.patch
 
     def forward(self, z: Features) -> Image:
         h = self.mid(self.conv_in(self.expand(z)))
         for stage in self.up:
             h = stage(h)
-        return self.conv_out(F.silu(self.norm_out(h)))
+        return F.pixel_shuffle(self.conv_out(F.silu(self.norm_out(h))), self.patch)
 
 
 class Autoencoder(nn.Module):
