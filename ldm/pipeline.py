@@ -25,6 +25,7 @@ from ldm.shapes import Image, Latent
 ASSETS = Path(__file__).parent / "assets"
 EMBEDDED = "embedded"
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+ALONE = {"dpm_adaptive"}  # it steps as the hardest picture of its batch asks, so company would change a picture
 MAX_SIDE, MAX_STEPS, MAX_SEED = 8192, 1000, 2**63 - 1
 
 
@@ -40,6 +41,7 @@ def batches(requests: Sequence[Request], size: int, made: Made | None = None) ->
 
     There it is among as many others as when it was first made, and so the same to the last bit.
     """
+    size = 1 if requests[0].sampler in ALONE else size
     if made and len(requests) == 1:
         return [Batch([*requests] * made.batch, slice(made.row, made.row + 1))]
     parts = [list(requests[i : i + size]) for i in range(0, len(requests), size)]
@@ -134,6 +136,8 @@ class Pipeline:
         r = requests[0]
         if any(replace(r, prompt=o.prompt, negative=o.negative, seed=o.seed) != o for o in requests):
             raise ValueError("requests of one batch differ in more than prompt, negative and seed")
+        if r.sampler in ALONE and len(requests) > 1:
+            raise ValueError(f"{r.sampler} makes one picture at a time: see `batches`")
         assert r.sampler and r.schedule and r.steps and r.width and r.height and r.cfg_scale is not None
         schedule, factor = self.denoiser.schedule, self.model.autoencoder.factor
         both = self.conditioner([o.prompt for o in requests] + [o.negative for o in requests])
@@ -179,11 +183,10 @@ class Pipeline:
     def notes(self, requests: Sequence[Request]) -> list[str]:
         """What a person wants to know before it starts: one line for the run, one for each prompt that is too long."""
         r, made, n = requests[0], self.made, len(requests)
-        seeds = f"seed {r.seed}" if n == 1 else f"seeds {r.seed} to {requests[-1].seed}"
-        lines = [
-            f"{seeds}: {n} of {r.width}x{r.height}, {r.sampler}, {r.schedule}, {r.steps} steps, cfg {r.cfg_scale:g}; "
-            f"model {made.model} {made.model_hash[:10]} on {made.device} in {made.precision}"
-        ]
+        what = "1 picture, seed" if n == 1 else f"{n} pictures, seeds {r.seed} to"
+        how = f"{r.width}x{r.height}, {r.sampler}, {r.schedule}, {r.steps} steps, cfg {r.cfg_scale:g}"
+        by = f"{made.model} {made.model_hash[:10]} on {made.device} in {made.precision}"
+        lines = [f"{what} {requests[-1].seed}: {how}; model {by}"]
         texts = list(dict.fromkeys(text for r in requests for text in (r.prompt, r.negative)))
         cuts = zip(texts, self.conditioner.tokenizer(texts)[1], strict=True)
         return lines + [

@@ -16,7 +16,25 @@ CHUNK = "ldm"  # the PNG text chunk that holds a Recipe as JSON
 FORMAT = 1
 MAX_BATCH = 256
 # AUTOMATIC1111's web UI has these names for ours, so that its users and tools can read the `parameters` chunk.
-A1111_SAMPLERS = {"ddim": "DDIM", "euler": "Euler", "euler_a": "Euler a", "dpmpp_2m": "DPM++ 2M"}
+A1111_SAMPLERS = {
+    "ddim": "DDIM",
+    "euler": "Euler",
+    "euler_a": "Euler a",
+    "heun": "Heun",
+    "dpm2": "DPM2",
+    "dpm2_a": "DPM2 a",
+    "lms": "LMS",
+    "plms": "PLMS",
+    "dpm_adaptive": "DPM adaptive",
+    "dpmpp_2s_a": "DPM++ 2S a",
+    "dpmpp_2m": "DPM++ 2M",
+    "dpmpp_sde": "DPM++ SDE",
+    "dpmpp_2m_sde": "DPM++ 2M SDE",
+    "dpmpp_3m_sde": "DPM++ 3M SDE",
+    "unipc": "UniPC",
+    "restart": "Restart",
+    "lcm": "LCM",
+}
 
 
 @dataclass(frozen=True)

@@ -4,11 +4,13 @@ python scripts/txt2img.py --prompt "a red apple" "a blue sofa" --n 4 --seed 1 --
 python scripts/txt2img.py --from-image outputs/00000.png
 """
 
+import os
 import secrets
 import sys
 from dataclasses import replace
 from pathlib import Path
 
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads wait asleep: on a busy machine several times faster
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ldm.errors import Parser, UserError, script, whole
@@ -20,8 +22,8 @@ PROMPTS.add_argument("--prompts-file", type=Path, help="a text file, one prompt 
 FLAGS.add_argument("--from-image", type=Path, help="paint a picture of ours again; other flags change its recipe")
 FLAGS.add_argument("--negative", help="what to keep away from")
 FLAGS.add_argument("--model", help="a packaged model's name, or a path (embedded)")
-FLAGS.add_argument("--sampler", help="ddim, euler, euler_a, dpmpp_2m (the model's own)")
-FLAGS.add_argument("--schedule", help="trailing, leading, linspace, karras (the model's own)")
+FLAGS.add_argument("--sampler", help="such as euler, euler_a, dpmpp_2m; a wrong name lists all (the model's own)")
+FLAGS.add_argument("--schedule", help="such as trailing, karras; a wrong name lists all (the model's own)")
 FLAGS.add_argument("--steps", type=int, help="network evaluations a picture (the model's own)")
 FLAGS.add_argument("--cfg-scale", type=float, help="how strongly to follow the prompt (the model's own)")
 FLAGS.add_argument("--seed", type=int, help="seed of the first picture; the next one has the next (random)")

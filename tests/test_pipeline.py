@@ -40,7 +40,7 @@ def test_a_picture_has_the_size_asked_for(painter: Pipeline) -> None:
     assert image.std() > 0.01
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("sampler", [name for name in SAMPLERS if name not in pipeline.ALONE])
 def test_company_changes_nothing(painter: Pipeline, sampler: str) -> None:
     """The same picture alone, in a batch, and at another place of a batch, up to arithmetic."""
     requests = [
@@ -51,8 +51,8 @@ def test_company_changes_nothing(painter: Pipeline, sampler: str) -> None:
     alone = torch.cat([painter.txt2img(r) for r in requests])
     together = painter.txt2img(*requests)
     backwards = painter.txt2img(*requests[::-1]).flip(0)
-    torch.testing.assert_close(together, alone, rtol=0, atol=2e-5)
-    torch.testing.assert_close(backwards, alone, rtol=0, atol=2e-5)
+    torch.testing.assert_close(together, alone, rtol=0, atol=1e-4)
+    torch.testing.assert_close(backwards, alone, rtol=0, atol=1e-4)
     assert (alone[0] - alone[1]).abs().mean() > 0.01
 
 
@@ -140,6 +140,13 @@ def test_batches_keep_the_order_and_lose_nothing() -> None:
     assert [r for b in parts for r in b.requests[b.rows]] == requests
     assert [len(b.requests) for b in parts] == [2, 2, 1]
     assert pipeline.batches(requests[:1], 4) == [Batch(requests[:1], slice(1))]
+
+
+def test_a_sampler_that_steps_by_its_batch_paints_one_at_a_time(painter: Pipeline) -> None:
+    requests = [replace(APPLE, sampler="dpm_adaptive", seed=seed) for seed in (5, 6)]
+    assert [len(b.requests) for b in pipeline.batches(requests, 4)] == [1, 1]
+    with pytest.raises(ValueError, match="one picture at a time"):
+        list(painter.sample(requests))
 
 
 def test_one_picture_made_again_takes_its_old_place() -> None:
