@@ -79,7 +79,7 @@ def train(task: Task, config: VaeRun | LdmRun, path: Path) -> Outcome:
     """
     run, optim = config.run, config.optim
     folder = RunFolder(path)
-    accelerator = Accelerator(mixed_precision=precision(run), log_with=list(run.trackers), project_dir=path)
+    accelerator = Accelerator(mixed_precision=precision(run), log_with=list(run.trackers) or None, project_dir=path)
     device, main = accelerator.device, accelerator.is_main_process
     _check_shares(run, optim, accelerator.num_processes)
     if device.type == "cuda":

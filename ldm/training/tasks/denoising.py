@@ -108,7 +108,7 @@ class DenoisingTask:
             return cache_latents(self._pictures, self._posterior, folder, model=model, show=show)
 
     @torch.no_grad()
-    def _posterior(self, image: UInt8[Tensor, "b 3 h w"]) -> tuple[Latent, Latent]:
+    def _posterior(self, image: UInt8[Tensor, "b 3 H W"]) -> tuple[Latent, Latent]:
         """Mean and deviation of the latents of pictures in 0..255."""
         posterior = self.autoencoder.encode(to_image(image.to(self.device)))
         return posterior.mean.float(), (0.5 * posterior.logvar.float()).exp()
@@ -182,10 +182,13 @@ def _check_fit(config: LdmRun, autoencoder: AutoencoderConfig) -> None:
             f"backbone.in_channels {backbone.in_channels} and out_channels {backbone.out_channels} must both be "
             f"{z_channels}, the channels of the autoencoder {config.autoencoder!r}"
         )
-    if backbone.context_dim != config.text.tower.width:
-        raise UserError(
-            f"backbone.context_dim {backbone.context_dim} is not text.tower.width {config.text.tower.width}"
-        )
+    tower = config.text.tower
+    for name, has, needs in (
+        ("context_dim", backbone.context_dim, tower.states_width),
+        ("vector_dim", backbone.vector_dim, tower.vector_width),
+    ):
+        if has != needs:
+            raise UserError(f"backbone.{name} is {has}: must be {needs}, what text.tower gives")
     if size % (autoencoder.factor * backbone.factor):
         raise UserError(
             f"data.size {size} is not a multiple of {autoencoder.factor * backbone.factor}, which halvings need"

@@ -1,0 +1,152 @@
+"""The autoencoder's losses, each switch of them, and what is exported."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from ldm.checkpoints import native
+from ldm.data.dataset import to_image
+from ldm.errors import UserError
+from ldm.models.discriminator import adaptive_weight, hinge_g
+from ldm.models.perceptual import LPIPS
+from ldm.training import keyed
+from ldm.training.tasks.autoencoder import AutoencoderTask
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def lpips_weights(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """LPIPS with random weights in the published layout."""
+    torch.manual_seed(0)
+    state = LPIPS("alex").state_dict()
+    heads = {f"lin{i}.model.1.weight": state.pop(f"heads.{i}").abs().add(0.1).view(1, -1, 1, 1) for i in range(5)}
+    path = tmp_path_factory.mktemp("weights") / "lpips.safetensors"
+    save_file(state | heads, path)
+    return str(path)
+
+
+def build(vae, *overrides: str) -> AutoencoderTask:
+    torch.manual_seed(0)
+    task = AutoencoderTask(vae(*overrides))
+    task.to(CPU)
+    return task
+
+
+def batch(task: AutoencoderTask, step: int = 0) -> dict:
+    return {"step": step} | task.dataset.__getitems__(range(4))
+
+
+def gradients(task: AutoencoderTask, step: int = 0) -> list[torch.Tensor]:
+    task.autoencoder.zero_grad()
+    task.autoencoder_loss(batch(task, step))["loss"].backward()
+    return [p.grad.clone() for p in task.autoencoder.parameters()]
+
+
+def test_the_gradient_is_that_of_the_plain_sum(vae, lpips_weights):
+    """Differentiating at the pixels is the same as writing down the whole loss and going back once."""
+    weight = ["--loss.lpips", "0.7", "--loss.lpips_weights", lpips_weights, "--loss.kl", "0.1"]
+    task = build(vae, *weight)
+    ours, value = gradients(task), task.autoencoder_loss(batch(task))["loss"]
+
+    image = to_image(batch(task)["image"])
+    posterior = task.autoencoder.encode(image)
+    noise = keyed.normal(0, "posterior", torch.arange(4), tuple(posterior.mean.shape[1:]))
+    again = task.autoencoder.decode(posterior.sample(noise))
+    total = (again - image).abs().mean() + 0.7 * task.perceptual(again, image).mean()
+    gan = hinge_g(task.discriminator(again))
+    scale = adaptive_weight(total, gan, task.autoencoder.decoder.conv_out.weight)
+    total = total + 0.5 * scale * gan + 0.1 * posterior.kl().mean() / (3 * 32 * 32)
+    plain = torch.autograd.grad(total, list(task.autoencoder.parameters()))
+    torch.testing.assert_close(value, total)
+    for a, b in zip(ours, plain, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "switch",
+    [
+        ("pixel", "l2"),
+        ("kl", "0.5"),
+        ("lpips", "1"),
+        ("adversarial", "0"),
+        ("adversarial_start", "1"),
+        ("adaptive", "false"),
+    ],
+    ids=lambda switch: switch[0],
+)
+def test_every_switch_changes_the_step(vae, lpips_weights, switch: tuple[str, str]):
+    weights = ["--loss.lpips_weights", lpips_weights]
+    plain, switched = build(vae, *weights), build(vae, *weights, f"--loss.{switch[0]}", switch[1])
+    assert not all(torch.equal(a, b) for a, b in zip(gradients(plain), gradients(switched), strict=True))
+
+
+def test_the_discriminator_starts_when_it_should(vae):
+    task = build(vae, "--loss.adversarial_start", "3")
+    assert [objective.start for objective in task.objectives()] == [0, 3]
+    assert "gan" not in task.autoencoder_loss(batch(task, 2)) and "gan" in task.autoencoder_loss(batch(task, 3))
+    assert "discriminator" not in build(vae, "--loss.adversarial", "0").networks
+    assert len(build(vae, "--loss.adversarial", "0").objectives()) == 1
+
+
+def test_each_objective_moves_its_own_networks_only(vae):
+    task = build(vae)
+    task.autoencoder_loss(one := batch(task))["loss"].backward()
+    assert all(p.grad is None for p in task.discriminator.parameters())
+    before = [p.grad.clone() for p in task.autoencoder.parameters()]
+    task.discriminator_loss(one)["loss"].backward()
+    assert all(p.grad is not None for p in task.discriminator.parameters())
+    assert all(torch.equal(a, p.grad) for a, p in zip(before, task.autoencoder.parameters(), strict=True))
+
+
+def test_exported_latents_have_unit_statistics(vae, tmp_path: Path):
+    task = build(vae, "--statistics", "60")
+    path = tmp_path / "model.safetensors"
+    with torch.no_grad():
+        task.export(path, {"steps": 0})
+    model = native.load(path)
+    assert model.spec.provenance == {"steps": 0} and model.backbone is None and model.spec.image_size == 32
+    positions = torch.arange(60)
+    image = to_image(task.dataset.__getitems__(positions.tolist())["image"])
+    posterior = model.autoencoder.encode(image)
+    z = posterior.sample(torch.randn(posterior.mean.shape, generator=torch.Generator().manual_seed(0)))
+    torch.testing.assert_close(z.mean((0, 2, 3)), torch.zeros(2), atol=0.04, rtol=0)
+    torch.testing.assert_close(z.std((0, 2, 3)), torch.ones(2), atol=0.04, rtol=0)
+    decoded = model.autoencoder.decode(posterior.mode)
+    torch.testing.assert_close(
+        decoded, task.autoencoder.decode(task.autoencoder.encode(image).mode), atol=1e-4, rtol=1e-4
+    )
+
+
+def test_statistics_of_a_model_that_had_some(vae):
+    plain = build(vae).measured()
+    again = build(vae, "--model.mean", "[0.3, -0.2]", "--model.std", "[2.0, 0.5]")
+    again.autoencoder.load_state_dict(build(vae).autoencoder.state_dict())
+    assert again.measured().mean == pytest.approx(plain.mean, abs=1e-5)
+    assert again.measured().std == pytest.approx(plain.std, rel=1e-5)
+
+
+def test_validation_is_of_the_shards_held_back(vae, lpips_weights):
+    shards = vae().data.shards
+    first, second = shards.replace("{00000..00001}", "00000"), shards.replace("{00000..00001}", "00001")
+    task = build(vae, "--data.shards", first, "--data.validation", second, "--loss.lpips_weights", lpips_weights)
+    with torch.no_grad():
+        report = task.validate()
+    assert report.keys() == {"validation_psnr", "validation_ssim", "validation_lpips"}
+    assert set(task.held_back.batch["key"]).isdisjoint(task.dataset.__getitems__(range(len(task.dataset)))["key"])
+    assert set(build(vae, "--run.validate_on", "3").validate()) == {"seen_psnr", "seen_ssim"}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["--loss.lpips", "1"], "give loss.lpips_weights a file"),
+        (["--loss.lpips", "1", "--loss.lpips_weights", "nowhere.safetensors"], "make weights"),
+        (["--data.size", "33"], "data.size 33 is not a multiple of the model's factor 2"),
+    ],
+)
+def test_bad_settings(vae, overrides: list[str], message: str):
+    with pytest.raises(UserError, match=message):
+        AutoencoderTask(vae(*overrides))

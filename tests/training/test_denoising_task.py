@@ -1,0 +1,139 @@
+"""The denoiser's loss, each switch of it, and what is exported."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from ldm.checkpoints import native
+from ldm.errors import UserError
+from ldm.training.tasks.denoising import DenoisingTask
+
+CPU = torch.device("cpu")
+
+
+def build(ldm, *overrides: str) -> DenoisingTask:
+    torch.manual_seed(0)
+    task = DenoisingTask(ldm(*overrides))
+    rng = torch.Generator().manual_seed(0)
+    for parameter in task.backbone.parameters():
+        if not parameter.any():  # what starts at zero would hide all behind it
+            torch.nn.init.normal_(parameter, std=0.1, generator=rng)
+    task.to(CPU)
+    return task
+
+
+def loss(task: DenoisingTask, positions: range = range(8)) -> torch.Tensor:
+    return task.denoising_loss({"step": 0} | task.dataset.__getitems__(positions))["loss"]
+
+
+@pytest.mark.parametrize(
+    "switch",
+    [
+        ("prediction", "eps"),
+        ("prediction", "x0"),
+        ("prediction", "flow"),
+        ("prediction", "edm"),
+        ("schedule.kind", "flow"),
+        ("schedule.zero_snr", "true"),
+        ("loss.weighting", "min_snr"),
+        ("loss.caption_dropout", "1"),
+        ("run.seed", "1"),
+        ("text.tower.layers", "2"),
+    ],
+    ids=lambda switch: " ".join(switch),
+)
+def test_every_switch_changes_the_loss(ldm, switch: tuple[str, str]):
+    assert loss(build(ldm)) != loss(build(ldm, f"--{switch[0]}", switch[1]))
+
+
+def test_the_loss_is_the_mean_of_any_parts(ldm):
+    task = build(ldm)
+    parts = [loss(task, range(start, start + 2)) for start in range(0, 8, 2)]
+    torch.testing.assert_close(loss(task), torch.stack(parts).mean(), rtol=1e-5, atol=0)
+
+
+def test_dropped_captions_are_the_empty_one(ldm):
+    task = build(ldm, "--loss.caption_dropout", "1")
+    batch = task.dataset.__getitems__(range(4))
+    plain = loss(task, range(4))
+    batch["tokens"] = task.text.tokenize(["something else"] * 4)
+    assert task.denoising_loss({"step": 0} | batch)["loss"] == plain
+    shares = [build(ldm, "--loss.caption_dropout", str(p)) for p in (0, 1)]
+    assert loss(shares[0], range(4)) != plain
+
+
+def test_cached_latents_are_the_encoded_ones(ldm, tmp_path: Path):
+    plain, cached = build(ldm), build(ldm, "--cache", str(tmp_path / "latents"))
+    assert "mean" in cached.dataset.__getitems__([0]) and list((tmp_path / "latents").iterdir())
+    torch.testing.assert_close(loss(cached), loss(plain), rtol=2e-3, atol=0)  # kept in fp16
+    a, b = (task.latent(task.dataset.__getitems__(range(4))) for task in (plain, cached))
+    torch.testing.assert_close(a, b, rtol=0, atol=5e-3)
+
+
+def test_a_frozen_tower_stays(ldm, tiny_model: Path):
+    tower = ["--text.tower.layers", "2", "--text.weights", str(tiny_model)]
+    task = build(ldm, "--text.train", "false", *tower)
+    assert set(task.networks) == {"backbone"}
+    loss(task).backward()
+    assert all(p.grad is None and not p.requires_grad for p in task.text.parameters())
+    source = native.load(tiny_model).conditioner.state_dict()
+    assert all(torch.equal(source[name], value) for name, value in task.text.state_dict().items())
+    trained = build(ldm, *tower)
+    assert set(trained.networks) == set(trained.averaged) == {"backbone", "text"}
+    loss(trained).backward()
+    assert all(p.grad is not None for p in trained.text.parameters())
+
+
+def test_validation_is_fixed_and_stratified(ldm):
+    task = build(ldm)
+    levels = []
+    measure = task.losses
+
+    def spy(x0, sigma, noise, cond):
+        levels.append(sigma)
+        return measure(x0, sigma, noise, cond)
+
+    task.losses = spy
+    with torch.no_grad():
+        first, second = task.validate(), task.validate()
+    assert first == second and first.keys() == {"seen_loss"}
+    sigma = torch.cat(levels[:2]).sort().values
+    torch.testing.assert_close(sigma, task.schedule.quantile((torch.arange(8) + 0.5) / 8))
+
+
+def test_the_exported_model_paints_what_the_run_showed(ldm, tmp_path: Path):
+    task = build(ldm, "--defaults.cfg_scale", "3")
+    with torch.no_grad():
+        task.export(tmp_path / "model.safetensors", {"steps": 3})
+        shown, _ = task.sample()
+    model = native.load(tmp_path / "model.safetensors")
+    assert model.spec.prediction == "v" and model.spec.defaults == task.config.defaults
+    assert model.spec.autoencoder == native.read_spec(task.config.autoencoder).autoencoder
+    other = build(ldm)
+    for name, module in model.modules.items():
+        getattr(other, name).load_state_dict(module.state_dict())
+    other.config = task.config
+    with torch.no_grad():
+        assert torch.equal(other.sample()[0], shown)
+    assert shown.shape == (2, 3, 32, 32)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["--text.train", "false"], "give text.weights"),
+        (["--backbone.context_dim", "32"], "context_dim 32 is not text.tower.width 16"),
+        (["--backbone.in_channels", "8"], "in_channels 8 and out_channels 4 must both be 4"),
+        (["--data.size", "30"], "data.size 30 is not a multiple of 4"),
+        (["--autoencoder", "nowhere.safetensors"], "nowhere.safetensors"),
+    ],
+)
+def test_bad_settings(ldm, overrides: list[str], message: str):
+    with pytest.raises(UserError, match=message):
+        DenoisingTask(ldm(*overrides))
+
+
+def test_a_tower_of_another_shape(ldm, tiny_model: Path):
+    with pytest.raises(UserError, match="has the tower"):
+        DenoisingTask(ldm("--text.weights", str(tiny_model)))

@@ -1,0 +1,255 @@
+"""Whole runs: they learn, they resume bit for bit, they stop where they must, and the folder says what happened."""
+
+import json
+import math
+import signal
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ldm.checkpoints import native
+from ldm.data.dataset import Batch
+from ldm.errors import UserError
+from ldm.training import checkpoint
+from ldm.training.checkpoint import TENSORS
+from ldm.training.loop import Outcome, train
+from ldm.training.tasks.autoencoder import AutoencoderTask
+from ldm.training.tasks.denoising import DenoisingTask
+
+TIMES = ("images_per_s", "data_wait_s")
+
+
+def log(folder: Path) -> list[dict[str, Any]]:
+    records = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in record.items() if name not in TIMES} for record in records]
+
+
+def weights(folder: Path, step: int) -> bytes:
+    return (folder / "checkpoints" / f"{step:08d}" / TENSORS).read_bytes()
+
+
+class Broken:
+    """A dataset that runs into an error, or yields one bad picture, from a position on."""
+
+    def __init__(self, dataset: Any, position: int, error: Exception | None = None) -> None:
+        self.dataset, self.position, self.error = dataset, position, error
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitems__(self, positions: Sequence[int]) -> Batch:
+        if self.error and self.position in positions:
+            raise self.error
+        return self.dataset.__getitems__(positions)
+
+
+class Killed(Exception):
+    pass
+
+
+# name: (settings, overrides)
+RUNS = {
+    "vae with discriminator": ("vae", ["--loss.adversarial_start", "2"]),
+    "vae bf16": ("vae", ["--run.precision", "bf16", "--run.channels_last", "true"]),
+    "ldm": ("ldm", []),
+    "ldm with workers": ("ldm", ["--data.workers", "1"]),
+    "ldm accumulated, cosine": ("ldm", ["--optim.accumulate", "2", "--optim.schedule", "cosine"]),
+    "ldm cached": ("ldm", ["--cache", "CACHE"]),
+}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_killed_run_goes_on_bit_for_bit(name: str, request: pytest.FixtureRequest, tmp_path: Path, run):
+    kind, overrides = RUNS[name]
+    every = ["--run.steps", "6", "--run.checkpoint_every", "3", "--run.keep", "9", "--run.log_every", "2"]
+    overrides = [str(tmp_path / "latents") if word == "CACHE" else word for word in [*every, *overrides]]
+    settings = request.getfixturevalue(kind)(*overrides)
+    assert run(settings, tmp_path / "whole") == Outcome(6)
+
+    torch.manual_seed(settings.run.seed)
+    task = AutoencoderTask(settings) if kind == "vae" else DenoisingTask(settings)
+    to = task.to
+    task.to = lambda device: (to(device), setattr(task, "dataset", Broken(task.dataset, 5 * 4, Killed())))[0]
+    with pytest.raises(Killed):
+        train(task, settings, tmp_path / "killed")
+    assert [path.name for path in checkpoint.complete(tmp_path / "killed/checkpoints")] == ["00000003"]
+    assert run(settings, tmp_path / "killed") == Outcome(6)
+
+    for step in (3, 6):
+        assert weights(tmp_path / "whole", step) == weights(tmp_path / "killed", step)
+    assert log(tmp_path / "whole") == log(tmp_path / "killed")
+    assert native.read_spec(tmp_path / "whole/model.safetensors") == native.read_spec(
+        tmp_path / "killed/model.safetensors"
+    )
+
+
+def test_a_finished_run_can_be_taken_further(vae, run, tmp_path: Path):
+    run(vae("--run.steps", "2"), tmp_path / "a")
+    before = (tmp_path / "a/model.safetensors").stat().st_mtime_ns
+    run(vae("--run.steps", "2"), tmp_path / "a")
+    assert (tmp_path / "a/model.safetensors").stat().st_mtime_ns == before
+    run(vae("--run.steps", "4"), tmp_path / "a")
+    run(vae("--run.steps", "4"), tmp_path / "b")
+    assert weights(tmp_path / "a", 4) == weights(tmp_path / "b", 4)
+
+
+def test_a_damaged_checkpoint_costs_only_its_steps(vae, run, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    settings = vae("--run.steps", "4", "--run.checkpoint_every", "2")
+    run(settings, tmp_path / "run")
+    whole = weights(tmp_path / "run", 4)
+    path = tmp_path / "run/checkpoints/00000004" / TENSORS
+    path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    run(settings, tmp_path / "run")
+    assert "damaged" in capsys.readouterr().err
+    assert weights(tmp_path / "run", 4) == whole
+
+
+def test_a_changed_setting_is_refused_by_name(vae, run, tmp_path: Path):
+    run(vae("--run.steps", "1"), tmp_path / "run")
+    with pytest.raises(UserError, match=r"optim.lr \(was 0.005, now 0.1\)") as error:
+        run(vae("--run.steps", "1", "--optim.lr", "0.1", "--run.keep", "7"), tmp_path / "run")
+    assert "keep" not in str(error.value)
+    run(vae("--run.steps", "2", "--run.log_every", "2", "--data.workers", "1"), tmp_path / "run")
+
+
+def test_the_other_kind_of_run_is_refused(vae, ldm, run, tmp_path: Path):
+    run(vae("--run.steps", "1"), tmp_path / "run")
+    with pytest.raises(UserError, match=r"backbone\.channels"):
+        run(ldm("--run.steps", "1"), tmp_path / "run")
+
+
+@pytest.mark.parametrize("kind", ["vae", "ldm"])
+def test_accumulation_is_the_big_batch(kind: str, request: pytest.FixtureRequest, run, tmp_path: Path):
+    settings = request.getfixturevalue(kind)
+    same = ["--run.steps", "3", "--loss.adaptive", "false"] if kind == "vae" else ["--run.steps", "3"]
+    run(settings(*same), tmp_path / "one")
+    run(settings(*same, "--optim.accumulate", "4"), tmp_path / "four")
+    for one, four in zip(log(tmp_path / "one"), log(tmp_path / "four"), strict=True):
+        assert one == pytest.approx(four, rel=2e-3)
+    assert log(tmp_path / "one")[0] == pytest.approx(log(tmp_path / "four")[0], rel=1e-5)
+
+
+def test_an_autoencoder_learns_a_handful(vae, run, tmp_path: Path):
+    settings = vae("--run.steps", "60", "--run.batch_size", "8", "--loss.adversarial", "0", "--loss.pixel", "l2")
+    run(settings, tmp_path / "run")
+    losses = [record["loss"] for record in log(tmp_path / "run")]
+    assert sum(losses[-3:]) < sum(losses[:3]) / 4
+
+
+def test_a_denoiser_learns_a_handful(ldm, tmp_path: Path):
+    settings = ldm("--run.steps", "120", "--run.batch_size", "8", "--prediction", "eps", "--optim.lr", "1e-2")
+    task = DenoisingTask(settings)
+    pictures = task.dataset
+
+    class Same:
+        def __len__(self) -> int:
+            return 2
+
+        def __getitems__(self, positions: Sequence[int]) -> Batch:
+            return pictures.__getitems__([p % 2 for p in positions]) | {"position": torch.tensor(positions)}
+
+    task.dataset = Same()
+    train(task, settings, tmp_path / "run")
+    losses = [record["loss"] for record in log(tmp_path / "run")]
+    assert sum(losses[-20:]) / 20 < 0.6 * losses[0]
+
+
+@pytest.mark.parametrize("kind", ["vae", "ldm"])
+def test_a_loss_that_is_not_finite_stops_with_the_keys(kind: str, request: pytest.FixtureRequest, tmp_path: Path):
+    settings = request.getfixturevalue(kind)("--run.steps", "4", "--run.checkpoint_every", "2")
+    task = AutoencoderTask(settings) if kind == "vae" else DenoisingTask(settings)
+    objectives = task.objectives
+    seen: dict[str, Any] = {}
+
+    def poisoned() -> list[Any]:
+        first, *rest = objectives()
+
+        def loss(batch: Batch) -> dict[str, torch.Tensor]:
+            losses = first.loss(batch)
+            if 9 in batch["position"]:  # in step 3
+                seen["before"] = [p.clone() for p in first.networks[0].parameters()]
+                losses["loss"] = losses["loss"] * math.nan
+            return losses
+
+        return [first._replace(loss=loss), *rest]
+
+    task.objectives = poisoned
+    with pytest.raises(UserError, match="step 3 is not finite") as error:
+        train(task, settings, tmp_path / "run")
+    assert "00000002" in str(error.value)
+    for key in task.dataset.__getitems__(range(8, 12))["key"]:
+        assert key in str(error.value)
+    after = list(objectives()[0].networks[0].parameters())
+    assert all(torch.equal(a, b) for a, b in zip(seen["before"], after, strict=True))
+    assert [record["step"] for record in log(tmp_path / "run")] == [1, 2]
+
+
+def test_a_signal_saves_and_goes_on_bit_for_bit(ldm, run, tmp_path: Path):
+    settings = ldm("--run.log_every", "3")
+    run(settings, tmp_path / "whole")
+    torch.manual_seed(settings.run.seed)
+    task = DenoisingTask(settings)
+    latent = task.latent
+
+    def interrupting(batch: Batch) -> torch.Tensor:
+        if batch["step"] == 1:
+            signal.raise_signal(signal.SIGTERM)
+        return latent(batch)
+
+    task.latent = interrupting
+    outcome = train(task, settings, tmp_path / "stopped")
+    assert outcome == Outcome(2, signal.SIGTERM) and outcome.exit_code == 143
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    run(settings, tmp_path / "stopped")
+    assert weights(tmp_path / "whole", 4) == weights(tmp_path / "stopped", 4)
+    assert log(tmp_path / "whole") == log(tmp_path / "stopped")
+
+
+def test_the_folder_of_a_run(vae, run, tmp_path: Path):
+    settings = vae(
+        *("--run.steps", "4", "--run.trackers", "[tensorboard]", "--run.validate_every", "2", "--run.validate_on", "5"),
+        *("--run.sample_every", "3", "--run.log_every", "2", "--run.keep", "1", "--run.checkpoint_every", "2"),
+    )
+    folder = tmp_path / "run"
+    run(settings, folder)
+    from ldm import config
+
+    assert config.load(type(settings), folder / "config.yaml") == settings
+    records = log(folder)
+    assert [(r["step"], r["images"]) for r in records] == [(2, 8), (4, 16)]
+    for record in records:
+        assert record.keys() >= {
+            "loss",
+            "pixel",
+            "kl",
+            "lr",
+            "grad_norm",
+            "discriminator_loss",
+            "seen_psnr",
+            "seen_ssim",
+        }
+    assert [path.name for path in sorted((folder / "samples").iterdir())] == ["00000003.png", "00000004.png"]
+    assert [path.name for path in checkpoint.complete(folder / "checkpoints")] == ["00000004"]
+    assert list((folder / "tensorboard").glob("events*"))
+
+
+@pytest.mark.parametrize("folder_is_a_file", [True, False])
+def test_a_folder_that_cannot_be(vae, run, tmp_path: Path, folder_is_a_file: bool):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot make the run folder"):
+        run(vae(), tmp_path / "file" if folder_is_a_file else tmp_path / "file/run")
+
+
+def test_a_batch_that_cannot_be_shared(vae, run, tmp_path: Path):
+    with pytest.raises(UserError, match="batch_size 4 cannot be shared evenly by 1 processes"):
+        run(vae("--optim.accumulate", "3"), tmp_path / "run")
+
+
+def test_steps_are_compiled_and_previews_are_not(ldm, run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    compiled: list[Callable[..., Any]] = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module: compiled.append(module))
+    run(ldm("--run.compile", "true", "--run.steps", "1"), tmp_path / "run")
+    assert {type(module).__name__ for module in compiled} == {"UNet", "Encoder"}

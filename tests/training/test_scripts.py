@@ -1,0 +1,98 @@
+"""The scripts as a person runs them."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from ldm import config
+from ldm.checkpoints import native
+from ldm.training.config import LdmRun, VaeRun
+
+ROOT = Path(__file__).parents[2]
+SHARDS = str(ROOT / "tests/assets/shards/{00000..00001}.tar")
+
+
+def command(script: str, *arguments: str | Path) -> list[str]:
+    return [sys.executable, str(ROOT / "scripts" / script), *map(str, arguments)]
+
+
+def refused(*arguments: str | Path) -> str:
+    """What is said on stderr, which must be one line, with exit code 2."""
+    done = subprocess.run(command("train_vae.py", *arguments), capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.count("\n") == 1
+    return done.stderr
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["--optim.lrr", "1"], "unknown field 'optim.lrr' (did you mean 'lr'?)"),
+        (["--run.precision", "fp17"], "run.precision is 'fp17'"),
+        (["--data.shards", "nowhere/{0..3}.tar"], "nowhere/0.tar"),
+        ([], "no shards match"),
+    ],
+)
+def test_one_line_for_a_mistake(overrides: list[str], message: str, tmp_path: Path):
+    assert message in refused("configs/tiny/vae.yaml", "--run", tmp_path, *overrides)
+
+
+def test_the_run_folder_and_the_config_are_asked_for(tmp_path: Path):
+    assert "--run" in refused("configs/tiny/vae.yaml")
+    assert "cannot read config" in refused("nowhere.yaml", "--run", tmp_path)
+
+
+def test_help_lists_the_fields():
+    done = subprocess.run(command("train_ldm.py", "--help"), capture_output=True, text=True)
+    assert "--optim.lr 0.0001" in done.stdout and "--run.steps (needed)" in done.stdout
+
+
+def test_ctrl_c_saves_and_the_same_command_goes_on(tmp_path: Path):
+    run = tmp_path / "run"
+    arguments = ["configs/tiny/vae.yaml", "--run", run, "--data.shards", SHARDS, "--run.trackers", "[]"]
+    arguments += ["--data.size", "32", "--data.workers", "1", "--run.log_every", "1", "--loss.adversarial", "0"]
+    steps = ["--run.steps", "100000"]
+    process = subprocess.Popen(command("train_vae.py", *arguments, *steps), cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    log = run / "log.jsonl"
+    deadline = time.monotonic() + 60
+    while not (log.exists() and log.read_text()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130, error
+    assert "Traceback" not in error and "which is saved" in error
+    done = int(next((run / "checkpoints").iterdir()).name)
+    assert done == json.loads(log.read_text().splitlines()[-1])["step"]
+
+    steps = ["--run.steps", str(done + 1)]
+    again = subprocess.run(command("train_vae.py", *arguments, *steps), cwd=ROOT, capture_output=True, text=True)
+    assert again.returncode == 0 and "going on from" in again.stderr
+    assert [json.loads(line)["step"] for line in log.read_text().splitlines()] == list(range(1, done + 2))
+    assert native.read_spec(run / "model.safetensors").provenance["steps"] == done + 1
+
+
+@pytest.mark.parametrize(("name", "kind"), [("tiny/vae", VaeRun), ("tiny/ldm", LdmRun)])
+def test_configs_are_whole_and_name_no_shards(name: str, kind: type):
+    settings = config.load(kind, ROOT / f"configs/{name}.yaml")
+    assert settings.data.shards == ""
+
+
+@pytest.mark.slow
+def test_tiny_runs_end_in_a_model(tmp_path: Path):
+    vae, ldm = tmp_path / "vae", tmp_path / "ldm"
+    subprocess.run(
+        command("train_vae.py", ROOT / "configs/tiny/vae.yaml", "--run", vae, "--data.shards", SHARDS), check=True
+    )
+    model = ["--autoencoder", vae / "model.safetensors"]
+    arguments = [ROOT / "configs/tiny/ldm.yaml", "--run", ldm, "--data.shards", SHARDS, *model]
+    subprocess.run(command("train_ldm.py", *arguments), check=True)
+    for folder, metric, least in ((vae, "seen_psnr", 15.0), (ldm, "seen_loss", 0.0)):
+        records = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+        assert records[-1]["loss"] < records[0]["loss"] / 2
+        assert records[-1][metric] > least
+    assert native.load(ldm / "model.safetensors").backbone is not None
