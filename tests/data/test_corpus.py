@@ -67,7 +67,8 @@ def catalogue(folder: Path, obj: str = CUBE) -> Path:
     path.parent.mkdir(parents=True)
     texture = Image.new("RGB", (2, 2), "red")
     texture.putpixel((0, 0), (255, 255, 0))  # the upper left corner is yellow
-    entry = "name#1=Die\\u00e9 90\\u00b0\nmodel#1=/d/c.obj\nwidth#1=2\nheight#1=2\ndepth#1=2\ncategory#1=Toys\ncreator#1=Ann\n"
+    entry = "name#1=D\\u00e9 90\\u00b0\nmodel#1=/d/c.obj\ncategory#1=Toy\ncreator#1=Ann\n"
+    entry += "width#1=2\nheight#1=2\ndepth#1=2\n"
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("PluginFurnitureCatalog.properties", entry)
         archive.writestr("d/c.obj", obj)
@@ -129,7 +130,7 @@ def test_models_are_drawn_from_eight_sides(tmp_path: Path) -> None:
     catalogue(tmp_path)
     rows = list(build("renders", tmp_path, 2))
     assert [row["id"] for row in rows] == [f"renders/Test-CC-0/1/{k}" for k in range(8)]
-    assert rows[0]["captions"] == ["dieé", "a 3d render of a dieé", "toys"]
+    assert rows[0]["captions"] == ["dé", "a 3d render of a dé", "toy"]
     assert (rows[0]["licence"], rows[0]["attribution"]) == ("CC0-1.0", "Ann")
     assert [rows[k]["colour"] for k in (2, 4)] == ["green", "blue"]
 
