@@ -2,13 +2,15 @@
 
 import math
 from collections.abc import Sequence
+from itertools import accumulate
 
 
 def exponential_moments(rate: float, h: float, n: int) -> list[float]:
     """The integrals of tau^i * exp(rate * tau) over [0, h], i < n."""
     z = rate * h
     if abs(z) < 1:  # the recursion below cancels, the series does not
-        return [h ** (i + 1) * sum(z**k / (math.factorial(k) * (i + 1 + k)) for k in range(18)) for i in range(n)]
+        terms = list(accumulate(range(1, 18), lambda term, k: term * z / k, initial=1.0))
+        return [h ** (i + 1) * sum(term / (i + 1 + k) for k, term in enumerate(terms)) for i in range(n)]
     moments = [math.expm1(z) / rate]
     for i in range(1, n):
         moments.append((h**i * math.exp(z) - i * moments[-1]) / rate)  # by parts
