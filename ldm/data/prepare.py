@@ -13,6 +13,7 @@ import itertools
 import json
 import multiprocessing
 import os
+import re
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -42,7 +43,8 @@ class PrepareConfig:
     size: pixels of the shorter side; format: of the written images, None keeps a picture's bytes where it has the size
     already and else writes WebP; quality: of WebP and JPEG; shard_size: samples in a shard; holdout: share kept
     for validation in `out/val`; templates: captions made of columns; limits: most pictures of a source, by name, "" for
-    all; max_captions: most own captions of a picture, by source; workers: processes, 0 for this one.
+    all; max_captions: most own captions of a picture, by source; match: a regular expression that one of a picture's captions
+    must contain; workers: processes, 0 for this one.
     """
 
     out: str
@@ -54,6 +56,7 @@ class PrepareConfig:
     templates: tuple[str, ...] = ()
     limit_per_source: int | None = None
     max_captions: dict[str, int] = dataclasses.field(default_factory=dict)
+    match: str = ""
     workers: int = 0
 
 
@@ -122,6 +125,10 @@ def _check(config: PrepareConfig, names: Sequence[str]) -> None:
     for name in config.max_captions:
         if name and name not in names:
             raise UserError(f"no source is called {name!r}{nearest(name, list(names))}")
+    try:
+        re.compile(config.match)
+    except re.error as error:
+        raise UserError(f"match {config.match!r} is not a regular expression: {error}") from None
     read_templates(config.templates, names)
 
 
@@ -249,6 +256,8 @@ def make_shard(job: Job, sources: Sequence[Source], config: PrepareConfig, tick:
             texts = list(dict.fromkeys([*own, *filter(None, made.values())]))
             if not texts:
                 raise UserError("no caption")
+            if not any(re.search(config.match, text) for text in texts):
+                raise UserError("no caption that matches")
             suffix, data, size = fit(raw.image, config)
             used.update(t.given for t, text in made.items() if text)
             columns = {"id": pick.id, "source": name, **raw.columns, "captions": texts}

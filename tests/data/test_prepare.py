@@ -166,6 +166,13 @@ def test_sources_can_be_limited(photos, tmp_path, assets):
     assert report["offered"]["photos"] == 40
 
 
+def test_pictures_can_be_chosen_by_their_captions(photos, tmp_path, assets):
+    report = run([assets], tmp_path / "out", match=r"\ba 3d render\b")
+    assert 0 < report["samples"] < 60
+    assert all(any("a 3d render" in text for text in about["captions"]) for about in samples(tmp_path / "out").values())
+    assert [about["count"] for about in report["refused"].values()] == [60 - report["samples"]]
+
+
 def test_processes_change_nothing(photos, tmp_path, assets):
     seen: list[tuple[int, int]] = []
     for workers in (1, 2):
@@ -231,6 +238,7 @@ def test_another_preparation_is_not_overwritten(photos, tmp_path):
         ({"max_captions": {"foto": 2}}, r"no source is called 'foto' \(did you mean 'photos'"),
         ({"templates": ("a {",)}, "cannot be read"),
         ({"limit_per_source": 0}, "limit 0"),
+        ({"match": "["}, "is not a regular expression"),
     ],
 )
 def test_options_that_cannot_work_are_refused(photos, tmp_path, options, message):
