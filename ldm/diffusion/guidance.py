@@ -1,15 +1,22 @@
-"""Guidance wraps a denoiser and returns a denoiser with its conditions bound; no sampler and no network knows of it."""
+"""Guidance wraps a denoiser and returns a denoiser with its conditions bound; no sampler and no network knows of it.
 
-from collections.abc import Callable
+Classifier-free kinds differ only in how they combine the answers with and without the condition: a Combine. Others wrap
+a Denoise that is already bound, so that they stack: interval(threshold(cfg(...)), bind(...), 0.3, 5).
+"""
+
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ldm.conditioning import Conditioning, join
-from ldm.shapes import Latent, Sigma
+from ldm.errors import UserError
 
-Denoise = Callable[[Latent, Sigma], Latent]
-Conditional = Callable[[Latent, Sigma, Any], Latent]
+Denoise = Callable[[Tensor, Tensor], Tensor]
+Conditional = Callable[[Tensor, Tensor, Any], Tensor]
+Combine = Callable[[Tensor, Tensor, float], Tensor]  # x0 with the condition, x0 without, sigma -> x0
 
 
 def bind(denoiser: Conditional, cond: Any) -> Denoise:
@@ -17,17 +24,128 @@ def bind(denoiser: Conditional, cond: Any) -> Denoise:
     return lambda x, sigma: denoiser(x, sigma, cond)
 
 
-def cfg(denoiser: Conditional, cond: Conditioning, uncond: Conditioning, scale: float) -> Denoise:
-    """Classifier-free guidance: uncond + scale * (cond - uncond) (Ho & Salimans 2022).
-
-    Both are evaluated in one batch of 2b; scale 1 leaves the unconditional half out.
-    """
-    if scale == 1:
-        return bind(denoiser, cond)
+def guided(denoiser: Conditional, cond: Conditioning, uncond: Conditioning, combine: Combine) -> Denoise:
+    """Evaluate with and without the condition, in one batch of 2b, and combine the two."""
     both = join(uncond, cond)
 
-    def denoise(x: Latent, sigma: Sigma) -> Latent:
+    def denoise(x: Tensor, sigma: Tensor) -> Tensor:
         free, bound = denoiser(torch.cat([x, x]), torch.cat([sigma, sigma]), both).chunk(2)
-        return free.lerp(bound, scale)
+        return combine(bound, free, float(sigma[0]))
 
     return denoise
+
+
+def cfg(
+    denoiser: Conditional, cond: Conditioning, uncond: Conditioning, scale: float, *, rescale: float = 0.0
+) -> Denoise:
+    """Classifier-free guidance, uncond + scale * (cond - uncond) (Ho & Salimans 2022); scale 1 leaves uncond out.
+
+    rescale in [0, 1] is the share by which the deviation of each image is brought back to that under the condition
+    alone, against over-exposure at high scales (Lin et al. 2024, Eq. 14 to 16, here on x0).
+    """
+    if not 0 <= rescale <= 1:
+        raise UserError(f"guidance rescale is {rescale}: needs a value from 0 to 1")
+    if scale == 1:
+        return bind(denoiser, cond)
+
+    def combine(bound: Tensor, free: Tensor, sigma: float) -> Tensor:
+        mixed = free.lerp(bound, scale)
+        if rescale == 0:
+            return mixed
+        dims = tuple(range(1, mixed.ndim))
+        ratio = bound.std(dims, keepdim=True) / mixed.std(dims, keepdim=True)
+        return mixed * (1 + rescale * (ratio - 1))
+
+    return guided(denoiser, cond, uncond, combine)
+
+
+def cfgpp(
+    denoiser: Conditional, cond: Conditioning, uncond: Conditioning, scale: float, sigmas: Sequence[float] | Tensor
+) -> Denoise:
+    """CFG++ (Chung et al. 2024): x0 guided with a scale in [0, 1], noise added back as the unconditional answer has it.
+
+    For a deterministic first-order step from s to t that is classifier-free guidance of scale * s / (s - t), which is
+    why it needs the levels of the run. UserError for a scale out of range.
+    """
+    if not 0 <= scale <= 1:
+        raise UserError(f"CFG++ scale is {scale}: needs a value from 0 to 1")
+    rising = sorted(float(level) for level in sigmas)
+
+    def combine(bound: Tensor, free: Tensor, sigma: float) -> Tensor:
+        below = bisect_left(rising, sigma * (1 - 1e-6))  # fp32 sigma against float64 levels
+        lower = rising[below - 1] if below else 0.0
+        return free.lerp(bound, scale * sigma / (sigma - lower))
+
+    return guided(denoiser, cond, uncond, combine)
+
+
+def apg(
+    denoiser: Conditional,
+    cond: Conditioning,
+    uncond: Conditioning,
+    scale: float,
+    *,
+    parallel: float = 0.0,
+    momentum: float = -0.5,
+    radius: float = 15.0,
+) -> Denoise:
+    """Adaptive projected guidance (Sadat et al. 2025, algorithm 1): high scales without over-saturation.
+
+    Of the difference cond - uncond only the share `parallel` along cond is kept; the difference carries a (negative)
+    momentum over the steps, and its norm is held to `radius`. A rise of sigma starts a new run.
+    """
+    before: list[tuple[float, Tensor]] = []
+
+    def combine(bound: Tensor, free: Tensor, sigma: float) -> Tensor:
+        dims = tuple(range(1, bound.ndim))
+        change = bound - free
+        if before and before[0][0] > sigma and before[0][1].shape == change.shape:
+            change = change.add(before[0][1], alpha=momentum)
+        before[:] = [(sigma, change)]
+        change = change * (radius / torch.linalg.vector_norm(change, dim=dims, keepdim=True)).clamp(max=1)
+        along = bound / torch.linalg.vector_norm(bound, dim=dims, keepdim=True)
+        along = (change * along).sum(dims, keepdim=True) * along
+        return bound + (scale - 1) * (change - (1 - parallel) * along)
+
+    return guided(denoiser, cond, uncond, combine)
+
+
+def autoguidance(denoise: Denoise, weak: Denoise, scale: float) -> Denoise:
+    """Away from a weaker model, smaller or less trained: weak + scale * (D - weak) (Karras et al. 2024, Eq. 3)."""
+    return denoise if scale == 1 else lambda x, sigma: weak(x, sigma).lerp(denoise(x, sigma), scale)
+
+
+def interval(inside: Denoise, outside: Denoise, low: float, high: float) -> Denoise:
+    """`inside` where low < sigma <= high, else `outside` (Kynkäänniemi et al. 2024): guidance where it helps."""
+    if not 0 <= low < high:
+        raise UserError(f"guidance interval ({low}, {high}]: needs 0 <= low < high")
+    return lambda x, sigma: (inside if low < float(sigma[0]) <= high else outside)(x, sigma)
+
+
+def threshold(denoise: Denoise, share: float = 0.995, limit: float = 1.0) -> Denoise:
+    """Dynamic thresholding (Saharia et al. 2022, section 2.3): where the quantile `share` of an image's |x0| is beyond
+    `limit`, clip at it and scale back to `limit` (1 for pixels; latents of unit deviation want 3 or more)."""
+    if not 0 < share <= 1 or limit <= 0:
+        raise UserError(f"dynamic thresholding at share {share}, limit {limit}: needs 0 < share <= 1 and limit > 0")
+
+    def clipped(x: Tensor, sigma: Tensor) -> Tensor:
+        x0 = denoise(x, sigma)
+        top = x0.abs().flatten(1).quantile(share, dim=1).clamp(min=limit).view(-1, *[1] * (x0.ndim - 1))
+        return x0.clamp(-top, top) * (limit / top)
+
+    return clipped
+
+
+def classifier(denoise: Denoise, log_prob: Callable[[Tensor, Tensor], Tensor], scale: float = 1.0) -> Denoise:
+    """Classifier guidance (Dhariwal & Nichol 2021, Eq. 13): x0 + scale * sigma^2 * grad log p(y | x).
+
+    `log_prob(x, sigma)` -> (b,) is any differentiable classifier of noisy x for the wanted y.
+    """
+
+    def denoise_towards(x: Tensor, sigma: Tensor) -> Tensor:
+        with torch.enable_grad():
+            leaf = x.detach().requires_grad_()
+            (gradient,) = torch.autograd.grad(log_prob(leaf, sigma).sum(), leaf)
+        return denoise(x, sigma) + scale * sigma.view(-1, *[1] * (x.ndim - 1)) ** 2 * gradient
+
+    return denoise_towards

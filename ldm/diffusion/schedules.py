@@ -61,8 +61,13 @@ class Schedule:
         return self.label_of(sigma.double()).to(sigma.dtype)
 
     def steps(self, n: int, spacing: str | Sequence[float] = "trailing") -> Sigmas:
-        """The n + 1 falling levels of a run, float64; the last is 0. An explicit list of levels is taken as it is."""
+        """The n + 1 falling levels of a run, float64; the last is 0. A list in place of a name is taken as it is.
+
+        UserError for an unknown name, n < 1, or a list that is not n + 1 levels.
+        """
         if not isinstance(spacing, str):
+            if len(spacing) != n + 1:
+                raise UserError(f"{len(spacing)} noise levels for {n} steps: give {n + 1}, falling, the last of them 0")
             return torch.tensor(spacing, dtype=torch.float64)
         if spacing not in SPACINGS:
             known = ", ".join(SPACINGS)

@@ -61,14 +61,12 @@ def _plan(
         h, noisy = math.log(s / t), taus[i] ** 2
         left = last - i + 1 if settle and grid[-1] == 0 else len(grid)
         past = [math.log(s / level) for level in reversed(grid[: i + 1])]  # lambda of past levels, relative to this
-
-        def weights(nodes: Sequence[float], h: float = h, rate: float = 1 + noisy) -> list[float]:
-            return lagrange_weights(nodes, _moments(rule, rate, h, len(nodes)))
-
-        predictor = weights(past[: min(predict, left)])
-        corrector = weights([h, *past[: min(correct - 1, left)]]) if correct else []
+        predictor, corrector = past[: min(predict, left)], [h, *past[: min(correct - 1, left)]] if correct else []
         up = t * math.sqrt(-math.expm1(-2 * noisy * h))
-        plans.append(_Plan(t / s * math.exp(-noisy * h), up, predictor, corrector))
+        weights = [
+            lagrange_weights(nodes, _moments(rule, 1 + noisy, h, len(nodes))) for nodes in (predictor, corrector)
+        ]
+        plans.append(_Plan(t / s * math.exp(-noisy * h), up, *weights))
     return plans
 
 
