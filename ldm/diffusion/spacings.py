@@ -94,7 +94,7 @@ def exponential(schedule: Noising, n: int) -> Tensor:
 
 
 def kl_optimal(schedule: Noising, n: int) -> Tensor:
-    """Even in arctan sigma, which is KL-optimal for Gaussian data of unit variance (Sabour et al. 2024, section 3.2)."""
+    """Even in arctan sigma: KL-optimal for Gaussian data of unit variance (Sabour et al. 2024, section 3.2)."""
     low, high = schedule.window
     return _line(math.atan(high), math.atan(low), n).tan()
 
@@ -106,7 +106,7 @@ SVD = (700.0, 54.5, 15.886, 7.977, 4.248, 1.789, 0.981, 0.403, 0.173, 0.034, 0.0
 
 
 def align_your_steps(schedule: Noising, n: int, table: Sequence[float] = SD1) -> Tensor:
-    """A published schedule, whatever the model's own, interpolated in log sigma to n steps, its last level left for 0."""
+    """A published schedule, interpolated in log sigma to n steps whatever the model's own, its last level left for 0."""
     logs = torch.tensor(table, dtype=torch.float64).log()
     place = _line(0, len(table) - 1, n + 1)[:-1]
     left = place.floor().long()

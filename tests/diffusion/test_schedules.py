@@ -100,18 +100,14 @@ def test_beta_spacing_is_scipys_quantile() -> None:
 def test_align_your_steps_is_the_published_table() -> None:
     from diffusers.schedulers import AysSchedules
 
-    for name, key in (
-        ("align_your_steps_sdxl", "StableDiffusionXLSigmas"),
-        ("align_your_steps_svd", "StableVideoDiffusionSigmas"),
-    ):
-        assert VP.steps(10, name)[:-1].tolist() == pytest.approx(AysSchedules[key][:10], rel=1e-6)
+    for name, key in (("", "StableDiffusion"), ("_sdxl", "StableDiffusionXL"), ("_svd", "StableDiffusionVideo")):
+        assert VP.steps(10, "align_your_steps" + name).tolist() == pytest.approx(AysSchedules[key + "Sigmas"], rel=1e-6)
     steps = VP.label(VP.steps(10, "align_your_steps")[:-1])
     assert steps.tolist() == pytest.approx(AysSchedules["StableDiffusionTimesteps"], abs=1.0)
     twenty = VP.steps(20, "align_your_steps")
     torch.testing.assert_close(twenty[:-1:2], VP.steps(10, "align_your_steps")[:-1])
-    torch.testing.assert_close(
-        twenty[1:-1:2] ** 2, (twenty[:-1:2] * torch.cat([twenty[2:-1:2], twenty.new_tensor([0.029])]))
-    )
+    after = torch.cat([twenty[2:-1:2], twenty.new_tensor([0.029])])
+    torch.testing.assert_close(twenty[1:-1:2] ** 2, twenty[:-1:2] * after)  # half way in log sigma
     assert align_your_steps(VP, 10, table=(8.0, 1.0))[0] == pytest.approx(8)
 
 
