@@ -46,6 +46,12 @@ def fresh_accelerator() -> Iterator[None]:
 
 
 @pytest.fixture
+def texts() -> dict[str, str]:
+    """The settings as YAML."""
+    return {"vae": VAE, "ldm": LDM}
+
+
+@pytest.fixture
 def vae(tmp_path: Path) -> Callable[..., VaeRun]:
     """The settings of a tiny autoencoder's run: vae("--optim.lr", "1e-3")."""
     path = tmp_path / "vae.yaml"

@@ -123,7 +123,7 @@ def test_the_exported_model_paints_what_the_run_showed(ldm, tmp_path: Path):
     ("overrides", "message"),
     [
         (["--text.train", "false"], "give text.weights"),
-        (["--backbone.context_dim", "32"], "context_dim 32 is not text.tower.width 16"),
+        (["--backbone.context_dim", "32"], "backbone.context_dim is 32: must be 16"),
         (["--backbone.in_channels", "8"], "in_channels 8 and out_channels 4 must both be 4"),
         (["--data.size", "30"], "data.size 30 is not a multiple of 4"),
         (["--autoencoder", "nowhere.safetensors"], "nowhere.safetensors"),
