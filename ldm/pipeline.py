@@ -14,11 +14,13 @@ from typing import NamedTuple
 import torch
 
 from ldm.checkpoints import native
-from ldm.checkpoints.files import sha256
+from ldm.checkpoints.files import digest
 from ldm.diffusion.guidance import cfg
 from ldm.diffusion.noise import SeededNoise
 from ldm.diffusion.samplers import Step, find_sampler
 from ldm.errors import UserError, nearest
+from ldm.families.load import load as load_model
+from ldm.families.source import INDEX
 from ldm.recipe import Made, Recipe, Request, versions
 from ldm.shapes import Image, Latent
 
@@ -52,9 +54,11 @@ def find(model: str) -> Path:
     """The file of a model: one in the package by its name, else a path. UserError where there is none."""
     packaged = {path.stem: path for path in ASSETS.glob("*.safetensors")}
     path = packaged.get(model, Path(model))
-    if not path.is_file():
+    if not (path.is_file() or (path / INDEX).is_file()):
         known = ", ".join(packaged) or "none in this copy"
-        raise UserError(f"no model {model!r}{nearest(model, list(packaged))}: give a file, or a packaged one ({known})")
+        raise UserError(
+            f"no model {model!r}{nearest(model, list(packaged))}: give a file or folder, or a packaged one ({known})"
+        )
     return path
 
 
@@ -73,15 +77,16 @@ def choose(device: str = "auto", precision: str = "auto") -> tuple[torch.device,
     return chosen, precision
 
 
-def load(model: str = EMBEDDED, device: str = "auto", precision: str = "auto") -> "Pipeline":
-    """Load a model by its name in the package or by its path.
+def load(model: str = EMBEDDED, device: str = "auto", precision: str = "auto", vae: str = "") -> "Pipeline":
+    """Load a model by its name in the package or by its path: a file of ours, of CompVis's layout, or a diffusers folder.
 
-    UserError for a file that is no model, or one that holds an autoencoder alone.
+    vae: the path of an autoencoder to use in place of its own. UserError for a file that is no model, or one that holds
+    an autoencoder alone.
     """
     path = find(model)
     where, precision = choose(device, precision)
-    loaded = native.load(path, where, PRECISIONS[precision])
-    made = Made(path.stem, sha256(path), str(where), precision, versions(), torch.get_num_threads())
+    loaded = load_model(path, where, PRECISIONS[precision], Path(vae) if vae else None)
+    made = Made(path.stem, digest(path), str(where), precision, versions(), torch.get_num_threads())
     return Pipeline(loaded, made)
 
 
@@ -140,14 +145,27 @@ class Pipeline:
             raise ValueError(f"{r.sampler} makes one picture at a time: see `batches`")
         assert r.sampler and r.schedule and r.steps and r.width and r.height and r.cfg_scale is not None
         schedule, factor = self.denoiser.schedule, self.model.autoencoder.factor
-        both = self.conditioner([o.prompt for o in requests] + [o.negative for o in requests])
-        cond, uncond = both[: len(requests)], both[len(requests) :]
-        denoise = cfg(self.denoiser, cond, uncond, r.cfg_scale)
+        texts = [o.prompt for o in requests], [o.negative for o in requests]
+        cond, uncond = self.conditioner.pair(*texts, (r.height, r.width))
+        canvas = self._canvas(len(requests), r)
+        denoise = cfg(self.denoiser, replace(cond, concat=canvas), replace(uncond, concat=canvas), r.cfg_scale)
         sigmas = schedule.steps(r.steps, r.schedule)
         noise = SeededNoise([o.seed for o in requests])
         shape = (len(requests), self.model.spec.autoencoder.z_channels, r.height // factor, r.width // factor)
         x = noise(torch.empty(shape, device=self.made.device)) * schedule.start(float(sigmas[0]))
         yield from find_sampler(r.sampler)(denoise, x, sigmas, noise)
+
+    def _canvas(self, n: int, r: Request) -> Latent | None:
+        """What an inpainting model sees beside its latent: here a mask that is full, and a picture that is empty."""
+        autoencoder = self.model.autoencoder
+        backbone = self.model.spec.backbone
+        if backbone is None or backbone.in_channels == backbone.out_channels:
+            return None
+        assert r.width and r.height
+        dtype = next(autoencoder.parameters()).dtype
+        empty = torch.zeros((1, 3, r.height, r.width), device=self.made.device, dtype=dtype)
+        latent = autoencoder.encode(empty).mode
+        return torch.cat([torch.ones_like(latent[:, :1]), latent], dim=1).expand(n, -1, -1, -1)
 
     @torch.no_grad()
     def decode(self, latents: Latent) -> Image:

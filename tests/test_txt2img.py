@@ -216,7 +216,7 @@ def test_models_that_are_none(command: Command, tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(content)
         assert "is not a whole safetensors file" in command.fails("--prompt", "a", model=str(tmp_path / name)), name
     save_file({"x": torch.zeros(2)}, tmp_path / "foreign")
-    assert "not an ldm model" in command.fails("--prompt", "a", model=str(tmp_path / "foreign"))
+    assert "of no kind known here" in command.fails("--prompt", "a", model=str(tmp_path / "foreign"))
     assert "no model 'absent'" in command.fails("--prompt", "a", model="absent")
     assert "no model" in command.fails("--prompt", "a", model=str(tmp_path))
 

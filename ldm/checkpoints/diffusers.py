@@ -70,7 +70,7 @@ _JOINED = re.compile(r"(.*)\.attn\.in_proj_(weight|bias)")
 
 
 def clip(module: nn.Module, config: TextConfig, *, prefix: str = "text_model.", layers: int | None = None) -> KeyMap:
-    """Names in transformers' CLIPTextModel[WithProjection] of one tower; only its first `layers` where that is given."""
+    """Names in transformers' CLIPTextModel[WithProjection] of one tower, or of its first `layers`."""
     names: dict[str, tuple[str, ...]] = {}
     for ours, (theirs,) in by_rules(module, [], _CLIP_LEAVES).items():
         block = re.search(r"encoder\.layers\.(\d+)\.", theirs)

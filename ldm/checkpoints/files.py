@@ -60,6 +60,15 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def digest(path: Path) -> str:
+    """The sha256 of a file; of a folder, that of the names and hashes of the files in it and in its parts."""
+    if path.is_file():
+        return sha256(path)
+    files = sorted(file for file in path.glob("**/*") if file.is_file())
+    listed = "".join(f"{file.relative_to(path)} {sha256(file)}\n" for file in files)
+    return hashlib.sha256(listed.encode()).hexdigest()
+
+
 class SafeFile:
     """An open safetensors file: names, metadata, and tensors one at a time, mapped rather than read."""
 
@@ -107,6 +116,13 @@ class Tensors(Mapping[str, Tensor]):
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: self.entry(name).shape for name in self}
 
+    def without(self, names: Iterable[str]) -> "Tensors":
+        """The same tensors but for some."""
+        rest = type(self)([])
+        left_out = set(names)
+        rest._places = {name: place for name, place in self._places.items() if name not in left_out}
+        return rest
+
     def main_dtype(self) -> torch.dtype:
         """The type that most of the bytes are in; fp32 for one that no network runs in."""
         held: Counter[str] = Counter()
@@ -118,7 +134,7 @@ class Tensors(Mapping[str, Tensor]):
 
 @contextmanager
 def open_safetensors(path: Path) -> Iterator[SafeFile]:
-    """Open a safetensors file on the CPU, its header checked. UserError where it is missing, broken or something else."""
+    """Open a safetensors file on the CPU, its header checked. UserError where it is missing or broken."""
     header = read_header(path)
     try:
         handle = safe_open(path, framework="pt")

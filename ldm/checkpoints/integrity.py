@@ -1,7 +1,8 @@
 """The header of a safetensors file, read and checked by ourselves: its library lets through what this refuses.
 
-Refused: duplicate names, holes and overlaps between tensors, trailing bytes, sizes that do not follow from shape and type, and
-names or shapes that no honest file has. The format: 8 bytes of length, a JSON header, the tensors back to back.
+Refused: duplicate names, holes and overlaps between tensors, trailing bytes, sizes that do not follow from shape and
+type, and names or shapes that no honest file has. The format: 8 bytes of length, a JSON header, the tensors back to
+back.
 """
 
 import json

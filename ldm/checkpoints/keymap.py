@@ -1,7 +1,7 @@
 """Other people's names for our tensors: templates, and numbering generated from the config.
 
-A KeyMap is one to one. A foreign tensor may hold the same numbers in another form: stacked (query, key, value), transposed (a
-projection that multiplies from the other side), or as a 1 x 1 convolution where ours is a linear layer.
+A KeyMap is one to one. A foreign tensor may hold the same numbers in another form: stacked (query, key, value),
+transposed (a projection that multiplies from the other side), or as a 1 x 1 convolution where ours is a linear layer.
 """
 
 import re
@@ -40,7 +40,7 @@ class KeyMap:
         return (*shape, 1, 1) if ours in self.pointwise else shape
 
     def compare(self, foreign: Shapes, like: Shapes) -> None:
-        """UserError that counts and names what is missing, left over or misshapen; a trailing 1 x 1 makes no difference."""
+        """UserError that counts and names what is missing, left over or misshapen (but for a trailing 1 x 1)."""
         wanted = self.shapes(like)
         shared = wanted.keys() & foreign.keys()
         refuse(

@@ -1,6 +1,7 @@
 """Our own checkpoint: one safetensors file that says everything about itself and needs no other file.
 
-Tensors stand under `autoencoder.`, `backbone.` and `text.`; the metadata holds a format version and the whole ModelSpec as JSON.
+Tensors stand under `autoencoder.`, `backbone.` and `text.`; the metadata holds a format version and the whole
+ModelSpec as JSON.
 """
 
 import json
@@ -30,6 +31,9 @@ FORMAT, VERSION, SPEC = "ldm", "1", "spec"
 Storage = Literal["fp32", "fp16", "bf16", "int8"]
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "int8": torch.float16}
 SCALE = ".int8_scale"
+EXTRA = "extra."  # tensors of other layouts that a conversion keeps and no network reads
+MAX_WIDTH, MAX_REPEATS = 2**17, 128
+REPEATED = {"layers", "layer", "depth", "mid_depth", "res_blocks"}
 
 
 @dataclass(frozen=True)
@@ -51,7 +55,7 @@ class ModelSpec:
     backbone: UNetConfig | None = None
     text: TextConfig | None = None
     prediction: str = "eps"
-    schedule: ScheduleConfig = ScheduleConfig()
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     defaults: SamplingDefaults = SamplingDefaults()
     provenance: dict[str, Any] = field(default_factory=dict)
 
@@ -76,6 +80,11 @@ class Model:
         """The networks by the prefix their tensors have in a file."""
         networks = {"autoencoder": self.autoencoder, "backbone": self.backbone, "text": self.conditioner}
         return {name: network for name, network in networks.items() if network is not None}
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Every tensor of the networks by its name in a file."""
+        modules = self.modules.items()
+        return {f"{prefix}.{name}": tuple(v.shape) for prefix, m in modules for name, v in m.state_dict().items()}
 
     @property
     def schedule(self) -> Schedule:
@@ -142,33 +151,64 @@ def load_autoencoder(
 
 
 def _fill(file: SafeFile, spec: ModelSpec, device: torch.device | str, dtype: torch.dtype | None) -> Model:
-    with torch.device("meta"):
-        model = build(spec)
-    names = {f"{prefix}.{name}" for prefix, module in model.modules.items() for name in module.state_dict()}
+    model = skeleton(spec, file.path)
+    tensors = Packed([(file, "")])
     try:
-        return fill(model, Packed([(file, "")]), KeyMap({name: (name,) for name in names}), device, dtype)
+        keymap = KeyMap({name: (name,) for name in model.shapes()})
+        return fill(model, tensors.without(n for n in tensors if n.startswith(EXTRA)), keymap, device, dtype)
     except UserError as error:
         raise UserError(f"{str(file.path)!r} does not fit its own spec: {error}") from None
+
+
+def skeleton(spec: ModelSpec, path: Path) -> Model:
+    """A spec's networks without weights, on the meta device. UserError where such networks cannot be."""
+    try:
+        _check_size(config.to_dict(spec))
+        with torch.device("meta"):
+            return build(spec)
+    except UserError as error:
+        raise UserError(f"{str(path)!r}: {error}") from None
+    except (ValueError, ArithmeticError, RuntimeError, AssertionError, IndexError) as error:
+        raise UserError(f"{str(path)!r} describes a model that cannot be: {error}") from None
+
+
+def _check_size(part: dict[str, Any], where: str = "") -> None:
+    """UserError for a number that would take for ever to build; no published model comes near."""
+    for name, value in part.items():
+        if name in ("provenance", "schedule", "defaults"):
+            continue
+        for number in value if isinstance(value, list) else [value]:
+            if isinstance(number, dict):
+                _check_size(number, f"{where}{name}.")
+            most = MAX_REPEATS if name in REPEATED else MAX_WIDTH
+            if isinstance(number, int) and not 0 <= number <= most:
+                raise UserError(f"{where}{name} is {number}: a model has from 0 to {most}")
+        if isinstance(value, list) and len(value) > MAX_REPEATS:
+            raise UserError(f"{where}{name} has {len(value)} values: a model has at most {MAX_REPEATS}")
+
+
+def check(model: Model, tensors: Tensors, keymap: KeyMap) -> None:
+    """UserError unless these are a model's tensors: all of them and no other, each of its shape, and floats."""
+    like = model.shapes()
+    keymap.compare(tensors.shapes(), {name: like[name] for name in keymap.names if name in like})
+    refuse(missing=like.keys() - keymap.names.keys(), unexpected=keymap.names.keys() - like.keys())
+    refuse(**{"not of floating point": {name for name in tensors if tensors.entry(name).dtype not in FLOATS}})
 
 
 def fill(
     model: Model, tensors: Tensors, keymap: KeyMap, device: torch.device | str, dtype: torch.dtype | None
 ) -> Model:
-    """Give a model built on the meta device its weights. UserError where they do not fit, are no weights, or not finite."""
-    like = {
-        f"{p}.{name}": tuple(v.shape) for p, module in model.modules.items() for name, v in module.state_dict().items()
-    }
-    keymap.compare(tensors.shapes(), like)
-    refuse(**{"not of floating point": {name for name in tensors if tensors.entry(name).dtype not in FLOATS}})
+    """Give a skeleton its weights, each from the file to the device once. UserError as `check`, or if not finite."""
+    check(model, tensors, keymap)
     dtype = dtype or tensors.main_dtype()
     broken = set()
     for prefix, module in model.modules.items():
         state = {}
-        for name in module.state_dict():
-            ours = f"{prefix}.{name}"
-            state[name] = keymap.tensor(ours, tensors, like[ours]).to(device, dtype)
-            if not finite(state[name]):
-                broken.add(ours)
+        for name, empty in module.state_dict().items():
+            value = keymap.tensor(f"{prefix}.{name}", tensors, tuple(empty.shape)).to(device, dtype)
+            if not finite(value):
+                broken.add(f"{prefix}.{name}")
+            state[name] = value
         module.load_state_dict(state, strict=True, assign=True)
         module.to(device).eval().requires_grad_(False)
     refuse(**{f"not finite in {str(dtype).removeprefix('torch.')}": broken})

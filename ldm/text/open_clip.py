@@ -1,7 +1,7 @@
 """The way to open_clip's text modules where torchvision's own library cannot load.
 
-open_clip imports torchvision at its top, and torchvision asks for two operators of its compiled library. Beside a CPU-only torch
-the CUDA build of that library does not load; the schemas alone are enough for what is used here.
+open_clip imports torchvision at its top, and torchvision asks for two operators of its compiled library. Beside a
+CPU-only torch the CUDA build of that library does not load; the schemas alone are enough for what is used here.
 """
 
 import importlib.util

@@ -20,14 +20,15 @@ FULL_VOCABULARY = 49408
 class TextConfig:
     """A text tower; the defaults are CLIP ViT-L/14's, as Stable Diffusion 1 uses it.
 
-    vocab_size: below 49,408 only the first merges of CLIP's byte-pair encoding are used (any text still encodes, in more
-    pieces). layer: which hidden state conditions the image, counted from the end (1 last, 2 penultimate). pad: what fills the
-    rest of the context: token 0 (open_clip) or the end token (CLIP-L in SD 1 and SDXL). mlp: width inside a block, 0 for 4 x.
+    vocab_size: below 49,408 only the first merges of CLIP's byte-pair encoding are used (any text still encodes, in
+    more pieces). layer: which hidden state conditions the image, counted from the end (1 last, 2 penultimate). pad:
+    what fills the rest of the context: token 0 (open_clip) or the end token (CLIP-L in SD 1 and SDXL). mlp: width
+    inside a block, 0 for 4 x.
 
     Stable Diffusion XL (Podell et al. 2023, Sec. 2.1-2.2) adds: second, a tower whose states stand beside the first's;
     projection, the width of the pooled text (0: none); size_ids, how many numbers about the picture join it, each as
-    id_width features (6: original size, crop, target size; 5: a score in place of the target); zero_empty: a prompt of no
-    words is all zeros.
+    id_width features (6: original size, crop, target size; 5: a score in place of the target); zero_empty: a prompt
+    of no words is all zeros.
     """
 
     width: int = 768
@@ -115,7 +116,7 @@ class Tokenizer:
 
 
 class Conditioner(nn.Module):
-    """prompts -> Conditioning: the hidden states of one text tower or two, and SDXL's vector where the config has one."""
+    """prompts -> Conditioning: the hidden states of one text tower or two, and SDXL's vector."""
 
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
@@ -132,12 +133,12 @@ class Conditioner(nn.Module):
         return self.tokenizer(prompts)[0]
 
     def encode(
-        self, ids: TokenIds, size: tuple[int, int] = (0, 0), *, score: float = 6.0, layer: int | None = None
+        self, ids: TokenIds, size: tuple[int, int] = (0, 0), *, scores: Sequence[float] = (), layer: int | None = None
     ) -> Conditioning:
         """Conditions of token ids (b, l) for pictures of size (height, width) in pixels.
 
-        score: how beautiful the picture shall be, 0 to 10, for a model that asks (SDXL's refiner). layer: in place of the
-        config's own, "clip skip".
+        scores: how beautiful each picture shall be, 0 to 10 (6 for all), for a model that asks: SDXL's refiner.
+        layer: in place of the config's own, "clip skip".
         """
         config = self.config
         tokens, pooled = _read(self.tower, config, ids, layer)
@@ -150,16 +151,26 @@ class Conditioner(nn.Module):
             pooled = None if pooled is None else pooled * filled[:, None]
         if pooled is None or not config.size_ids:
             return Conditioning(tokens, vector=pooled)
-        about = [*size, 0, 0, *size] if config.size_ids == 6 else [*size, 0, 0, score]
-        features = sinusoid(torch.tensor(about, device=ids.device, dtype=torch.float32), config.id_width).flatten()
-        return Conditioning(tokens, vector=torch.cat([pooled, features.to(pooled).expand(len(ids), -1)], dim=1))
+        target = [list(size)] * len(ids) if config.size_ids == 6 else [[score] for score in scores or [6.0] * len(ids)]
+        about = torch.tensor([[*size, 0, 0, *rest] for rest in target], device=ids.device, dtype=torch.float32)
+        features = sinusoid(about.flatten(), config.id_width).reshape(len(ids), -1)
+        return Conditioning(tokens, vector=torch.cat([pooled, features.to(pooled)], dim=1))
 
-    def forward(
-        self, prompts: Sequence[str], size: tuple[int, int] = (0, 0), *, score: float = 6.0, layer: int | None = None
-    ) -> Conditioning:
+    def pair(
+        self, prompts: Sequence[str], negatives: Sequence[str], size: tuple[int, int], layer: int | None = None
+    ) -> tuple[Conditioning, Conditioning]:
+        """Conditions of what to paint and of what to keep away from, read in one batch.
+
+        A model that asks for a score is told 6 and 2.5, as its makers do.
+        """
+        ids = self.tokenize([*prompts, *negatives]).to(self.tower.positional_embedding.device)
+        n = len(prompts)
+        both = self.encode(ids, size, scores=[6.0] * n + [2.5] * len(negatives), layer=layer)
+        return both[:n], both[n:]
+
+    def forward(self, prompts: Sequence[str], size: tuple[int, int] = (0, 0)) -> Conditioning:
         """Conditions of prompts, on the device of the weights; see `encode`."""
-        ids = self.tokenize(prompts).to(self.tower.positional_embedding.device)
-        return self.encode(ids, size, score=score, layer=layer)
+        return self.encode(self.tokenize(prompts).to(self.tower.positional_embedding.device), size)
 
 
 def _tower(config: TextConfig) -> Any:

@@ -1,0 +1,42 @@
+"""From any layout to any other: read in ours, written in theirs, every tensor kept."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ldm.checkpoints import native
+from ldm.checkpoints.keymap import refuse
+from ldm.checkpoints.native import EXTRA
+from ldm.errors import UserError
+from ldm.families.export import to_compvis, to_diffusers
+from ldm.families.family import Layout
+from ldm.families.source import Source, open_model
+
+
+def convert(path: Path, out: Path, to: Layout, dtype: torch.dtype | None = None) -> None:
+    """Write the model at `path` to `out` in another layout, or the same; dtype: of every weight, None as they are.
+
+    UserError where the model is broken, or the layout cannot hold it. Tensors that no network needs go along.
+    """
+    if out.exists() and (to == "diffusers" or out.is_dir()):
+        raise UserError(f"{str(out)!r} is there already: give a new name")
+    with open_model(path) as source:
+        source.check()
+        shapes = source.model.shapes()
+        weights = {ours: source.keymap.tensor(ours, source.tensors, shapes[ours]) for ours in shapes}
+        refuse(**{"not finite": {name for name, value in weights.items() if not native.finite(value)}})
+        weights = {name: value.to(dtype or value.dtype) for name, value in weights.items()}
+        extras = _extras(source)
+        if to == "ldm":
+            native.write(out, source.spec, weights | extras)
+        else:
+            {"diffusers": to_diffusers, "compvis": to_compvis}[to](out, source.model, weights, extras)
+
+
+def _extras(source: Source) -> dict[str, Tensor]:
+    """What no network needs, each marked with the layout that it belongs to."""
+    own = "" if source.layout == "ldm" else f"{EXTRA}{source.layout}."
+    values = {name: source.tensors[name] for name in source.extras}
+    ours = {name for name in values if name.startswith(f"{EXTRA}ldm.")}  # stand in the weights already
+    return {name if name.startswith(EXTRA) else own + name: v for name, v in values.items() if name not in ours}

@@ -1,0 +1,114 @@
+"""What a family of models is: where its parts stand in other people's files, and what those files leave unsaid."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from ldm.checkpoints import compvis, diffusers
+from ldm.checkpoints.keymap import KeyMap, union
+from ldm.checkpoints.native import Model, ModelSpec
+from ldm.errors import UserError
+from ldm.models.autoencoder import Autoencoder
+from ldm.text.tower import TextConfig
+
+Layout = Literal["ldm", "diffusers", "compvis"]
+
+
+@dataclass(frozen=True)
+class Tower:
+    """One text tower: our module, its prefix and naming in a single file, and its folder in diffusers' layout."""
+
+    module: Literal["tower", "second"]
+    prefix: str
+    naming: Literal["transformers", "open_clip"]
+    folder: str
+
+    def config(self, text: TextConfig) -> TextConfig:
+        """This tower's own settings."""
+        other = text if self.module == "tower" else text.second
+        assert other is not None
+        return other
+
+
+@dataclass(frozen=True)
+class Family:
+    """A family; what a folder's config.json says goes before what is said here.
+
+    heads: of attention, from a width; text: settings that shapes do not tell; scale: of the latents; sides: the
+    picture's, by prediction; pipelines: diffusers' classes for 4 and for 9 input channels.
+    """
+
+    name: str
+    title: str
+    towers: tuple[Tower, ...]
+    heads: Callable[[int], int]
+    text: TextConfig
+    scale: float
+    sides: dict[str, int]
+    cfg_scale: float
+    pipelines: tuple[str, str]
+
+    def tells(self, text: TextConfig) -> bool:
+        """Whether a model with this text side is of the family."""
+        mine = self.text
+        same = (text.second is None, text.size_ids) == (mine.second is None, mine.size_ids)
+        return same and (bool(mine.size_ids) or text.quickgelu == mine.quickgelu)
+
+
+@dataclass(frozen=True)
+class Dialect:
+    """What files of one layout spell in two ways; a model's provenance keeps it, to be written as it came."""
+
+    clip_prefix: str = "text_model."
+    legacy_attention: bool = False
+
+
+def compvis_map(family: Family, model: Model, dialect: Dialect) -> KeyMap:
+    """Names in a single file of the family."""
+    backbone, vae, text = _parts(model)
+    parts = [
+        compvis.unet(backbone, backbone.config).under("backbone.", "model.diffusion_model."),
+        compvis.autoencoder(vae, vae.config).under("autoencoder.", "first_stage_model."),
+    ]
+    for tower in family.towers:
+        module = getattr(text, tower.module)
+        if tower.naming == "open_clip":
+            names = compvis.open_clip(module)
+        else:
+            names = diffusers.clip(module, tower.config(text.config), prefix=dialect.clip_prefix)
+        parts.append(names.under(f"text.{tower.module}.", tower.prefix))
+    return union(parts)
+
+
+def diffusers_map(family: Family, model: Model, dialect: dict[str, Dialect]) -> KeyMap:
+    """Names in a folder of the family, each behind its part's folder; a dialect for each part that has one."""
+    backbone, vae, text = _parts(model)
+    legacy = dialect.get("vae", Dialect()).legacy_attention
+    parts = [
+        diffusers.unet(backbone, backbone.config).under("backbone.", "unet/"),
+        diffusers.autoencoder(vae, vae.config, legacy=legacy).under("autoencoder.", "vae/"),
+    ]
+    for tower in family.towers:
+        config = tower.config(text.config)
+        prefix = dialect.get(tower.folder, Dialect()).clip_prefix
+        names = diffusers.clip(getattr(text, tower.module), config, prefix=prefix, layers=shown_layers(config))
+        parts.append(names.under(f"text.{tower.module}.", f"{tower.folder}/"))
+    return union(parts)
+
+
+def shown_layers(config: TextConfig) -> int:
+    """How many layers a diffusers folder holds: where the final norm follows, its pipelines read the last."""
+    return config.layers - (config.layer - 1 if config.final_norm else 0)
+
+
+def _parts(model: Model) -> tuple[Any, Autoencoder, Any]:
+    if model.backbone is None or model.conditioner is None or not isinstance(model.autoencoder, Autoencoder):
+        raise UserError("this file holds an autoencoder alone: give a whole model")
+    return model.backbone, model.autoencoder, model.conditioner
+
+
+def text_of(spec: ModelSpec) -> TextConfig:
+    """The text settings of a whole model. UserError for an autoencoder alone."""
+    if spec.text is None:
+        raise UserError("this file holds an autoencoder alone: give a whole model")
+    return spec.text

@@ -1,0 +1,319 @@
+"""diffusers' folders: their config.json files read into ours, strictly, and ours written as theirs.
+
+A setting that our networks do not have must stand at the value that means the same as its absence; anything else is
+refused by name. Nothing that a config names is imported: class names are compared with a list.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from ldm.config import from_dict
+from ldm.errors import UserError
+from ldm.models.autoencoder import AutoencoderConfig
+from ldm.models.unet import UNetConfig
+from ldm.text.tower import TextConfig
+
+Json = dict[str, Any]
+MAX_JSON = 2**24
+# What must stand at one of these values, the first being what is written; absent means the first.
+_UNET_FIXED: dict[str, tuple[Any, ...]] = {
+    "act_fn": ("silu", "swish"),
+    "norm_eps": (1e-5,),
+    "flip_sin_to_cos": (True,),
+    "downsample_padding": (1,),
+    "mid_block_scale_factor": (1,),
+    "conv_in_kernel": (3,),
+    "conv_out_kernel": (3,),
+    "resnet_time_scale_shift": ("default",),
+    "resnet_out_scale_factor": (1.0,),
+    "time_embedding_type": ("positional",),
+    "attention_type": ("default",),
+}
+_UNET_READ = {
+    *("sample_size", "in_channels", "out_channels", "down_block_types", "up_block_types", "mid_block_type"),
+    *(
+        "block_out_channels",
+        "layers_per_block",
+        "norm_num_groups",
+        "cross_attention_dim",
+        "transformer_layers_per_block",
+    ),
+    *("attention_head_dim", "num_attention_heads", "use_linear_projection", "addition_embed_type"),
+    *("addition_time_embed_dim", "projection_class_embeddings_input_dim", "dropout", "upcast_attention"),
+    *("addition_embed_type_num_heads", "use_attention_mask"),
+}
+_VAE_FIXED: dict[str, tuple[Any, ...]] = {"act_fn": ("silu", "swish"), "in_channels": (3,), "out_channels": (3,)}
+_VAE_READ = {
+    *("block_out_channels", "layers_per_block", "latent_channels", "norm_num_groups", "scaling_factor", "shift_factor"),
+    *("latents_mean", "latents_std", "use_quant_conv", "use_post_quant_conv", "mid_block_add_attention", "sample_size"),
+    *("force_upcast", "down_block_types", "up_block_types"),
+    *("down_block_out_channels", "up_block_out_channels", "layers_per_down_block", "layers_per_up_block"),
+}
+
+
+def read_json(path: Path) -> Json:
+    """A JSON file that holds fields. UserError, one line, for anything else."""
+    try:
+        if path.stat().st_size > MAX_JSON:
+            raise UserError(f"{str(path)!r} is too long for a config")
+        data = json.loads(path.read_text())
+    except OSError as error:
+        raise UserError(f"cannot read {str(path)!r}: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{str(path)!r} is not JSON: {error}") from None
+    if not isinstance(data, dict):
+        raise UserError(f"{str(path)!r} holds no fields")
+    return data
+
+
+def unet_from(data: Json) -> UNetConfig:
+    """UNet2DConditionModel's config."""
+    _only(data, "unet", _UNET_FIXED, _UNET_READ)
+    channels = _numbers(data, "block_out_channels", (320, 640, 1280, 1280))
+    levels = len(channels)
+    types = data.get("down_block_types", ["CrossAttnDownBlock2D"] * (levels - 1) + ["DownBlock2D"])
+    known = {"CrossAttnDownBlock2D": "CrossAttnUpBlock2D", "DownBlock2D": "UpBlock2D"}
+    attends = [kind == "CrossAttnDownBlock2D" for kind in types] if _strings(types) else []
+    up = [known.get(kind) for kind in reversed(types)] if attends else []
+    if None in up or len(attends) != levels or list(data.get("up_block_types", up)) != up:
+        raise UserError(f"unet: its blocks {types} and {data.get('up_block_types')} are not those of a UNet known here")
+    blocks = set(_numbers(data, "layers_per_block", (2,)))
+    if len(blocks) != 1:
+        raise UserError(f"unet: layers_per_block {sorted(blocks)} must be the same at every level")
+    depth = _per_level(data, "transformer_layers_per_block", 1, levels)
+    # Its name says dimension and its value is the number of heads; a mistake that became the format.
+    heads = _per_level(
+        data, "num_attention_heads" if data.get("num_attention_heads") else "attention_head_dim", 8, levels
+    )
+    middle = data.get("mid_block_type", "UNetMidBlock2DCrossAttn")
+    if middle != "UNetMidBlock2DCrossAttn":
+        raise UserError(f"unet: mid_block_type {middle!r} is not known here")
+    added = data.get("addition_embed_type")
+    if added not in (None, "text_time"):
+        raise UserError(f"unet: addition_embed_type {added!r} is not known here")
+    context = set(_numbers(data, "cross_attention_dim", (1280,)))
+    if len(context) != 1:
+        raise UserError(f"unet: cross_attention_dim {sorted(context)} must be the same at every level")
+    return _config(
+        UNetConfig,
+        "unet",
+        in_channels=data.get("in_channels", 4),
+        out_channels=data.get("out_channels", 4),
+        channels=channels,
+        res_blocks=blocks.pop(),
+        depth=[n if attend else 0 for n, attend in zip(depth, attends, strict=True)],
+        mid_depth=depth[-1],
+        heads=heads,
+        context_dim=context.pop(),
+        vector_dim=data.get("projection_class_embeddings_input_dim") or 0 if added else 0,
+        linear_projection=bool(data.get("use_linear_projection", False)),
+        groups=data.get("norm_num_groups", 32),
+    )
+
+
+def unet_to(config: UNetConfig, side: int, text: TextConfig) -> Json:
+    """UNet2DConditionModel's config for latents of `side`. UserError where it has no words for ours."""
+    depth = [d or 1 for d in config.depth]
+    if config.mid_depth != (config.depth[-1] or config.mid_depth):
+        raise UserError(
+            f"mid_depth {config.mid_depth} must be the lowest level's depth {config.depth[-1]} in diffusers' layout"
+        )
+    depth[-1] = config.mid_depth
+    data: Json = {
+        "_class_name": "UNet2DConditionModel",
+        "sample_size": side,
+        "in_channels": config.in_channels,
+        "out_channels": config.out_channels,
+        "block_out_channels": list(config.channels),
+        "layers_per_block": config.res_blocks,
+        "down_block_types": ["CrossAttnDownBlock2D" if d else "DownBlock2D" for d in config.depth],
+        "mid_block_type": "UNetMidBlock2DCrossAttn",
+        "up_block_types": ["CrossAttnUpBlock2D" if d else "UpBlock2D" for d in config.depth[::-1]],
+        "transformer_layers_per_block": depth,
+        "attention_head_dim": list(config.heads),
+        "cross_attention_dim": config.context_dim,
+        "use_linear_projection": config.linear_projection,
+        "norm_num_groups": config.groups,
+    }
+    if config.vector_dim:
+        data |= {
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": text.id_width,
+            "projection_class_embeddings_input_dim": config.vector_dim,
+        }
+    return data | {name: values[0] for name, values in _UNET_FIXED.items()}
+
+
+def vae_from(data: Json) -> AutoencoderConfig:
+    """The config of AutoencoderKL, or of AsymmetricAutoencoderKL, whose halves differ in width."""
+    _only(data, "vae", _VAE_FIXED, _VAE_READ)
+    halves = data.get("_class_name") == "AsymmetricAutoencoderKL"
+    channels = _numbers(data, "down_block_out_channels" if halves else "block_out_channels", (64,))
+    decoder = _numbers(data, "up_block_out_channels", (64,)) if halves else channels
+    blocks = data.get("layers_per_down_block" if halves else "layers_per_block", 1)
+    if halves and data.get("layers_per_up_block", 1) != blocks:
+        raise UserError("vae: layers_per_down_block and layers_per_up_block must be the same")
+    for key, kind in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):
+        if set(data.get(key, [kind]) if _strings(data.get(key, [kind])) else [None]) != {kind}:
+            raise UserError(f"vae: {key} {data[key]!r} must be {kind} throughout")
+    scale, shift = data.get("scaling_factor", 0.18215), data.get("shift_factor") or 0.0
+    means, stds = data.get("latents_mean") or [0.0], data.get("latents_std") or [1.0]
+    if not _reals([scale, shift]) or scale <= 0 or not _reals(means) or not _reals(stds):
+        raise UserError(
+            f"vae: scaling_factor {scale!r}, shift_factor {shift!r} and the latents' statistics must be numbers"
+        )
+    quant = (data.get("use_quant_conv", True), data.get("use_post_quant_conv", True))
+    if quant[0] != quant[1]:
+        raise UserError("vae: use_quant_conv and use_post_quant_conv must be the same")
+    return _config(
+        AutoencoderConfig,
+        "vae",
+        z_channels=data.get("latent_channels", 4),
+        channels=channels,
+        decoder_channels=decoder if list(decoder) != list(channels) else (),
+        res_blocks=blocks,
+        mid_attention=data.get("mid_block_add_attention", True),
+        quant_convs=quant[0],
+        groups=data.get("norm_num_groups", 32),
+        mean=[shift + mean for mean in means],
+        std=[std / scale for std in stds],
+    )
+
+
+def vae_to(config: AutoencoderConfig, side: int, *, upcast: bool) -> Json:
+    """The config of an autoencoder whose latents have one scale (`fold` sees to that)."""
+    levels = len(config.channels)
+    if config.decoder_channels:
+        if not (config.mid_attention and config.quant_convs):
+            raise UserError(
+                "an autoencoder of unequal halves needs its middle attention and both 1 x 1 convolutions in diffusers"
+            )
+        widths: Json = {
+            "_class_name": "AsymmetricAutoencoderKL",
+            "down_block_out_channels": list(config.channels),
+            "up_block_out_channels": list(config.decoder_channels),
+            "layers_per_down_block": config.res_blocks,
+            "layers_per_up_block": config.res_blocks,
+        }
+    else:
+        widths = {
+            "_class_name": "AutoencoderKL",
+            "block_out_channels": list(config.channels),
+            "layers_per_block": config.res_blocks,
+            "mid_block_add_attention": config.mid_attention,
+            "use_quant_conv": config.quant_convs,
+            "use_post_quant_conv": config.quant_convs,
+            "force_upcast": upcast,
+        }
+    return widths | {
+        "sample_size": side,
+        "latent_channels": config.z_channels,
+        "down_block_types": ["DownEncoderBlock2D"] * levels,
+        "up_block_types": ["UpDecoderBlock2D"] * levels,
+        "norm_num_groups": config.groups,
+        "scaling_factor": 1 / config.std[0],
+        **{name: values[0] for name, values in _VAE_FIXED.items()},
+    }
+
+
+def text_from(data: Json, where: str, template: TextConfig) -> TextConfig:
+    """CLIPTextModel's config; what it leaves unsaid (padding, which layer) is the template's."""
+    activation = data.get("hidden_act", "quick_gelu")
+    if activation not in ("quick_gelu", "gelu"):
+        raise UserError(f"{where}: hidden_act {activation!r} is not known here (quick_gelu, gelu)")
+    if data.get("layer_norm_eps", 1e-5) != 1e-5:
+        raise UserError(f"{where}: layer_norm_eps {data['layer_norm_eps']!r} must be 1e-05")
+    width, wide = data.get("hidden_size", 512), data.get("intermediate_size", 2048)
+    layers = data.get("num_hidden_layers", 12)
+    # A folder's pipelines read the last state where the final norm follows it: an unused layer behind it is not in
+    # the files.
+    layer = 1 if template.final_norm or not isinstance(layers, int) else min(template.layer, max(layers, 1))
+    return _config(
+        TextConfig,
+        where,
+        width=width,
+        heads=data.get("num_attention_heads", 8),
+        layers=layers,
+        context_length=data.get("max_position_embeddings", 77),
+        vocab_size=data.get("vocab_size", 49408),
+        quickgelu=activation == "quick_gelu",
+        layer=layer,
+        final_norm=template.final_norm,
+        pad=template.pad,
+        mlp=0 if isinstance(width, int) and wide == 4 * width else wide,
+        projection=data.get("projection_dim", 512) if template.projection else 0,
+    )
+
+
+def text_to(config: TextConfig, layers: int) -> Json:
+    """CLIPTextModel's config for the first layers of a tower."""
+    end = config.vocab_size - 1
+    return {
+        "architectures": ["CLIPTextModelWithProjection" if config.projection else "CLIPTextModel"],
+        "model_type": "clip_text_model",
+        "hidden_size": config.width,
+        "intermediate_size": config.mlp or 4 * config.width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": config.heads,
+        "max_position_embeddings": config.context_length,
+        "vocab_size": config.vocab_size,
+        "hidden_act": "quick_gelu" if config.quickgelu else "gelu",
+        "layer_norm_eps": 1e-5,
+        "projection_dim": config.projection or config.width,
+        "bos_token_id": end - 1,
+        "eos_token_id": end,
+        "pad_token_id": end if config.pad == "end" else 0,
+    }
+
+
+def single_scale(config: AutoencoderConfig) -> bool:
+    """Whether one factor normalises the latents, as diffusers' pipelines have it."""
+    return set(config.mean) == {0.0} and len(set(config.std)) == 1
+
+
+def one_scale(config: AutoencoderConfig) -> AutoencoderConfig:
+    """The same autoencoder with its latents' statistics inside its weights."""
+    return config if single_scale(config) else replace(config, mean=(0.0,), std=(1.0,))
+
+
+def _only(data: Json, where: str, fixed: Mapping[str, tuple[Any, ...]], read: set[str]) -> None:
+    """UserError for the first setting that is not known and not void."""
+    for name, value in data.items():
+        if name.startswith("_") or name in read:
+            continue
+        if name in fixed:
+            if value not in fixed[name]:
+                raise UserError(f"{where}: {name} {value!r} is not known here ({fixed[name][0]!r})")
+        elif value not in (None, False, 0) and name != "addition_embed_type_num_heads":
+            raise UserError(f"{where}: {name} {value!r} is not known here")
+
+
+def _config(cls: Any, where: str, **values: Any) -> Any:
+    return from_dict(cls, values, where)
+
+
+def _numbers(data: Json, key: str, default: tuple[int, ...]) -> list[Any]:
+    value = data.get(key, default)
+    values = [value] if isinstance(value, int) else value
+    if not isinstance(values, (list, tuple)) or not values or not all(type(v) is int and v > 0 for v in values):
+        raise UserError(f"{key} is {value!r}: needs numbers above 0")
+    return list(values)
+
+
+def _per_level(data: Json, key: str, default: int, levels: int) -> list[Any]:
+    values = _numbers(data, key, (default,))
+    values = values * levels if len(values) == 1 else values
+    if len(values) != levels:
+        raise UserError(f"{key} has {len(values)} values for {levels} levels")
+    return values
+
+
+def _strings(values: Any) -> bool:
+    return isinstance(values, (list, tuple)) and all(isinstance(value, str) for value in values)
+
+
+def _reals(values: Any) -> bool:
+    return isinstance(values, list) and all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in values)

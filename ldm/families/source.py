@@ -1,0 +1,266 @@
+"""Any model on disk, opened and checked but not loaded: content decides what it is, never a suffix.
+
+A Source names every tensor that a model needs in the file's own words, so that loading, converting and inspecting
+share one way of reading.
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ldm.checkpoints import native
+from ldm.checkpoints.files import SafeFile, Tensors, open_safetensors
+from ldm.checkpoints.keymap import KeyMap
+from ldm.checkpoints.native import Model, ModelSpec
+from ldm.errors import UserError
+from ldm.families import FAMILIES, Family, family_of, singlefile
+from ldm.families.family import Dialect, Layout, compvis_map, diffusers_map, text_of
+from ldm.families.folder import read_json, text_from, unet_from, vae_from
+from ldm.families.scheduler import sampling_from
+from ldm.text.tower import TextConfig
+
+INDEX, EXTRA = "model_index.json", "extra.safetensors"
+OURS = native.EXTRA + "ldm."
+BUFFERS = re.compile(r"text_encoder(_2)?/(.*position_ids|logit_scale|text_projection\.weight)|extra\..*")
+
+
+@dataclass(frozen=True)
+class Source:
+    """An open model. model: its networks, still without weights; keymap: our names to the file's.
+
+    extras: tensors that no network needs, kept by a conversion. guessed: the prediction is the family's usual one,
+    for the file says nothing of it.
+    """
+
+    path: Path
+    layout: Layout
+    spec: ModelSpec
+    model: Model
+    tensors: Tensors
+    keymap: KeyMap
+    extras: frozenset[str]
+    guessed: bool = False
+
+    @property
+    def needed(self) -> Tensors:
+        """The tensors without the extras."""
+        return self.tensors.without(self.extras)
+
+    def check(self) -> None:
+        """UserError unless every tensor that the model needs is there, and no other, each of its shape."""
+        try:
+            native.check(self.model, self.needed, self.keymap)
+        except UserError as error:
+            raise UserError(f"{str(self.path)!r}: {error}") from None
+
+
+@contextmanager
+def open_model(path: Path) -> Iterator[Source]:
+    """Open one of our files, a single file of CompVis's layout, or a diffusers folder. UserError otherwise."""
+    with ExitStack() as stack:
+        if path.is_dir():
+            yield _folder(path, stack)
+        else:
+            yield _single(stack.enter_context(open_safetensors(path)))
+
+
+def _single(file: SafeFile) -> Source:
+    if file.metadata.get("format") == native.FORMAT:
+        spec = native.spec_of(file.metadata, file.path)
+        tensors: Tensors = native.Packed([(file, "")])
+        model = native.skeleton(spec, file.path)
+        extras = frozenset(name for name in tensors if name.startswith(native.EXTRA))
+        return Source(
+            file.path, "ldm", spec, model, tensors, KeyMap({name: (name,) for name in model.shapes()}), extras
+        )
+    tensors = Tensors([(file, "")])
+    shapes = tensors.shapes()
+    family = singlefile.recognise(shapes)
+    if family is None:
+        raise UserError(f"{str(file.path)!r} is {kind(shapes)}: --model takes a whole model")
+    try:
+        stated = file.metadata.get("ldm.spec")
+        spec = native.read_spec_json(stated, file.path) if stated else singlefile.infer(family, shapes, file.metadata)
+    except UserError as error:
+        raise UserError(f"{str(file.path)!r}: {error}") from None
+    guessed = not stated and len(family.sides) > 1 and singlefile.stated_prediction(shapes, file.metadata) is None
+    dialect = singlefile.dialect(family, shapes)
+    if dialect != Dialect() and not stated:
+        spec = replace(spec, provenance=spec.provenance | {"names": {"compvis": asdict(dialect)}})
+    model = native.skeleton(spec, file.path)
+    keymap = _override(compvis_map(family, model, dialect), tensors, model)
+    used = {name for names in keymap.names.values() for name in names}
+    extras = frozenset(name for name in shapes if name not in used and singlefile.EXTRAS.fullmatch(name))
+    return Source(file.path, "compvis", spec, model, tensors, keymap, extras, guessed)
+
+
+def _folder(path: Path, stack: ExitStack) -> Source:
+    parts = folder_parts(path)
+    configs = {part: read_json(path / part / name) for part, name in parts.items()}
+    files = [(file, f"{part}/") for part in parts if part != "scheduler" for file in weight_files(path / part)]
+    opened = [(stack.enter_context(open_safetensors(file)), prefix) for file, prefix in files]
+    stated = None
+    if (path / EXTRA).is_file():
+        extra = stack.enter_context(open_safetensors(path / EXTRA))
+        opened.append((extra, ""))
+        stated = extra.metadata.get("ldm.spec")
+    tensors = Tensors(opened)
+    try:
+        family, spec = folder_spec(path, configs)
+        dialects = {part: _dialect(part, tensors) for part in parts if part != "scheduler"}
+    except UserError as error:
+        raise UserError(f"{str(path)!r}: {error}") from None
+    if stated is not None:
+        own = native.read_spec_json(stated, path / EXTRA)
+        # The config.json files have the last word: what we wrote beside them counts while they still say the same.
+        spec = own if same_configs(own, configs, family) else spec
+    unusual = {part: asdict(dialect) for part, dialect in dialects.items() if dialect != Dialect()}
+    if unusual and stated is None:
+        spec = replace(spec, provenance=spec.provenance | {"names": unusual})
+    model = native.skeleton(spec, path)
+    keymap = _override(diffusers_map(family, model, dialects), tensors, model)
+    used = {name for names in keymap.names.values() for name in names}
+    folded = {"vae/post_quant_conv.weight", "vae/post_quant_conv.bias", "vae/quant_conv.weight", "vae/quant_conv.bias"}
+    ours = stated is not None
+    extras = frozenset(
+        name
+        for name in tensors
+        if name not in used and (BUFFERS.fullmatch(name) or (ours and (name in folded or "condition_encoder" in name)))
+    )
+    return Source(path, "diffusers", spec, model, tensors, keymap, extras)
+
+
+def folder_parts(path: Path) -> dict[str, str]:
+    """The parts of a diffusers folder that a picture needs, and each one's config. UserError for another's."""
+    if not (path / INDEX).is_file():
+        raise UserError(f"{str(path)!r} is a folder without {INDEX}: give a diffusers folder that holds one")
+    index = read_json(path / INDEX)
+    named = {part for part, value in index.items() if isinstance(value, list) and value and value[0] is not None}
+    if "unet" not in named or "vae" not in named or not named & {"text_encoder", "text_encoder_2"}:
+        raise UserError(
+            f"{str(path)!r} holds a {index.get('_class_name')!r}, which is no family known here: "
+            + ", ".join(family.title for family in FAMILIES.values())
+        )
+    wanted = [part for part in ("unet", "vae", "text_encoder", "text_encoder_2") if part in named]
+    return dict.fromkeys(wanted, "config.json") | {"scheduler": "scheduler_config.json"}
+
+
+def folder_spec(path: Path, configs: Mapping[str, dict[str, Any]]) -> tuple[Family, ModelSpec]:
+    """The family and the whole spec that a folder's config.json files describe."""
+    two = [part for part in ("text_encoder", "text_encoder_2") if part in configs]
+    if len(two) == 2:
+        family = FAMILIES["sdxl"]
+    elif two == ["text_encoder_2"]:
+        family = FAMILIES["sdxl-refiner"]
+    else:
+        family = FAMILIES["sd2" if configs["text_encoder"].get("hidden_act") == "gelu" else "sd1"]
+    towers = {}
+    for tower in family.towers:
+        template = replace(tower.config(family.text), pad=_pad(path, tower.folder, tower.config(family.text)))
+        towers[tower.module] = text_from(configs[tower.folder], tower.folder, template)
+    backbone, vae = unet_from(configs["unet"]), vae_from(configs["vae"])
+    try:
+        text = singlefile.join(towers["tower"], towers.get("second"), family.text.size_ids, backbone.vector_dim)
+        index = read_json(path / INDEX)
+        zero = index.get("force_zeros_for_empty_prompt", family.text.zero_empty)
+        text = replace(text, zero_empty=bool(family.text.size_ids and zero))
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    prediction, schedule, defaults = sampling_from(configs["scheduler"])
+    side = configs["unet"].get("sample_size")
+    image_size = side * vae.factor if isinstance(side, int) and 0 < side <= 8192 else family.sides["eps"]
+    return family, ModelSpec(
+        autoencoder=vae,
+        image_size=image_size,
+        backbone=backbone,
+        text=text,
+        prediction=prediction,
+        schedule=schedule,
+        defaults=replace(defaults, cfg_scale=family.cfg_scale),
+        provenance={"family": family.name, "layout": "diffusers"},
+    )
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a part: whole, in shards by an index, or a variant such as fp16. UserError for none."""
+    names = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
+    base = "diffusion_pytorch_model" if any(name.startswith("diffusion_pytorch_model") for name in names) else "model"
+    whole = [name for name in names if re.fullmatch(rf"{base}(\.\w+)?\.safetensors", name)]
+    sharded = [name for name in names if re.fullmatch(rf"{base}(\.\w+)?\.safetensors\.index(\.\w+)?\.json", name)]
+    # Full precision before fp16, fp16 before any other variant; full-sized averages are for training on.
+    order = [f"{base}.safetensors", f"{base}.safetensors.index.json", f"{base}.fp16.safetensors"]
+    found = sorted(whole + sharded, key=lambda name: (order.index(name) if name in order else len(order), name))
+    found = [name for name in found if "non_ema" not in name] or found
+    if not found:
+        pickled = next((name for name in names if name.endswith((".bin", ".ckpt", ".pt"))), None)
+        remedy = f"only {pickled}: python scripts/convert.py IN OUT reads that" if pickled else "no weights"
+        raise UserError(f"{str(folder)!r} holds {remedy}")
+    if found[0] in whole:
+        return [folder / found[0]]
+    placed = read_json(folder / found[0]).get("weight_map")
+    shards = (
+        set(placed.values()) if isinstance(placed, dict) and all(isinstance(v, str) for v in placed.values()) else set()
+    )
+    if not shards or any(not re.fullmatch(r"[\w.-]+\.safetensors", shard) for shard in shards):
+        raise UserError(f"{str(folder / found[0])!r} does not list shards that lie beside it")
+    return [folder / shard for shard in sorted(shards)]
+
+
+def same_configs(spec: ModelSpec, configs: Mapping[str, dict[str, Any]], family: Family) -> bool:
+    """Whether a spec, written as a folder, gives the config.json files that are there."""
+    from ldm.families.export import folder_configs
+
+    if spec.text is None or family_of(text_of(spec)).towers != family.towers:
+        return False
+    written = folder_configs(spec, family)
+    return all(configs[part].get(key) == value for part in configs for key, value in written[part].items())
+
+
+def kind(shapes: Mapping[str, Any]) -> str:
+    """In words, what a safetensors file holds that is no whole model."""
+    names = set(shapes)
+    for words, pattern in _KINDS.items():
+        if any(re.search(pattern, name) for name in names):
+            return words
+    return "a safetensors file of no kind known here"
+
+
+_KINDS = {
+    "a LoRA": r"lora_(up|down|A|B)\b|\.lora\.|lora\.(up|down)",
+    "a ControlNet": r"(^|\.)(input_hint_block|controlnet_cond_embedding|zero_convs)\.",
+    "diffusers' UNet alone (give the folder that holds model_index.json)": r"^down_blocks\.0\.",
+    "a UNet alone": r"^(model\.diffusion_model\.)?input_blocks\.0\.",
+    "an autoencoder alone (--vae takes it)": r"^(first_stage_model\.)?encoder\.(down|down_blocks|layers)\.0\.",
+    "half of a tiny autoencoder, TAESD (--vae takes it)": r"^1[34]\.conv\.0\.weight$",
+    "a text tower alone": r"^(text_model\.)?(encoder\.layers|embeddings)\.|^transformer\.resblocks\.",
+    "an embedding (textual inversion)": r"^(emb_params|clip_[lg])$",
+}
+
+
+def _override(keymap: KeyMap, tensors: Tensors, model: Model) -> KeyMap:
+    """Take those of our tensors that a conversion kept beside the foreign ones, because those could not hold them."""
+    places = {name.removeprefix(OURS): name for name in tensors if name.startswith(OURS)}
+    kept = {ours: (place,) for ours, place in places.items() if ours in model.shapes()}
+    return KeyMap(keymap.names | kept, keymap.turned.difference(kept), keymap.pointwise.difference(kept))
+
+
+def _dialect(part: str, tensors: Tensors) -> Dialect:
+    if part.startswith("text_encoder"):
+        bare = f"{part}/embeddings.token_embedding.weight" in tensors
+        return Dialect(clip_prefix="" if bare else "text_model.")
+    return Dialect(legacy_attention=part == "vae" and "vae/encoder.mid_block.attentions.0.query.weight" in tensors)
+
+
+def _pad(path: Path, folder: str, template: TextConfig) -> Any:
+    """What the folder's tokenizer fills up with: `end`, or `zero` (its token 0 is an exclamation mark)."""
+    tokenizer = path / folder.replace("text_encoder", "tokenizer")
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):
+        if (tokenizer / name).is_file():
+            token = read_json(tokenizer / name).get("pad_token")
+            text = token.get("content") if isinstance(token, dict) else token
+            if text in ("!", "<|endoftext|>"):
+                return "zero" if text == "!" else "end"
+    return template.pad

@@ -1,0 +1,132 @@
+"""Another autoencoder for a model (`--vae`): ours, CompVis's, diffusers', or the tiny TAESD."""
+
+import re
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from ldm.checkpoints import compvis, diffusers, native
+from ldm.checkpoints.files import Tensors, open_safetensors, open_tensors
+from ldm.checkpoints.keymap import KeyMap
+from ldm.checkpoints.native import Model, ModelSpec
+from ldm.errors import UserError
+from ldm.families.folder import read_json, vae_from
+from ldm.families.singlefile import VAE, autoencoder_config
+from ldm.families.source import INDEX, kind, weight_files
+from ldm.models.autoencoder import Autoencoder, AutoencoderConfig
+from ldm.models.taesd import TinyAutoencoder, TinyConfig
+
+
+def load_vae(
+    path: Path, like: AutoencoderConfig, device: torch.device | str = "cpu", dtype: torch.dtype | None = torch.float32
+) -> Autoencoder | TinyAutoencoder:
+    """An autoencoder for a model whose own is `like`. UserError where the file holds none, or one for other latents.
+
+    path: any whole model; an autoencoder of ours, of CompVis's names, or in diffusers' folder; TAESD as a folder of its
+    two halves or as either half, the other being looked for beside it under the same name.
+    """
+    with ExitStack() as stack:
+        pairs = _files(path)
+        tensors = stack.enter_context(open_tensors(pairs))
+        try:
+            model, keymap, tensors = _understand(path, tensors, like)
+            z = model.autoencoder.config.z_channels
+            if z != like.z_channels:
+                raise UserError(f"its latents have {z} channels, the model's {like.z_channels}")
+            return native.fill(model, tensors, keymap, device, dtype).autoencoder
+        except UserError as error:
+            raise UserError(f"{str(path)!r}: {error}") from None
+
+
+def _files(path: Path) -> list[tuple[Path, str]]:
+    """The files of an autoencoder, each with a prefix."""
+    if path.is_dir():
+        folder = path / "vae" if (path / INDEX).is_file() else path
+        tiny = sorted(file for file in folder.glob("*.safetensors") if re.search(r"taesd.*_(en|de)coder", file.name))
+        halves = {half: [file for file in tiny if f"_{half}." in file.name] for half in ("encoder", "decoder")}
+        if halves["decoder"]:
+            return [(files[0], f"taesd.{half}.") for half, files in halves.items() if files]
+        return [(file, "") for file in weight_files(folder)]
+    with open_safetensors(path) as file:
+        if "1.weight" not in file.entries and "0.weight" not in file.entries:
+            return [(path, "")]
+        decodes = "19.weight" in file.entries
+    mine, other = ("decoder", "encoder") if decodes else ("encoder", "decoder")
+    beside = path.with_name(path.name.replace(mine, other))
+    if beside == path or not beside.is_file():
+        raise UserError(f"{str(path)!r} is TAESD's {mine}: its {other} must stand beside it as {beside.name!r}")
+    return [(path, f"taesd.{mine}."), (beside, f"taesd.{other}.")]
+
+
+def _understand(path: Path, tensors: Tensors, like: AutoencoderConfig) -> tuple[Model, KeyMap, Tensors]:
+    """The networks without weights, and where their tensors stand."""
+    shapes = tensors.shapes()
+    if "taesd.decoder.1.weight" in shapes:
+        return _tiny(shapes, tensors, "taesd.encoder.", "taesd.decoder.", 0)
+    if (
+        "decoder.layers.0.weight" in shapes
+    ):  # diffusers' AutoencoderTiny leaves out the first layer, which has no weights
+        return _tiny(shapes, tensors, "encoder.layers.", "decoder.layers.", 1)
+    if "encoder.down_blocks.0.resnets.0.norm1.weight" in shapes:
+        folder = path / "vae" if (path / "vae").is_dir() else path if path.is_dir() else path.parent
+        config = vae_from(read_json(folder / "config.json"))
+        legacy = "encoder.mid_block.attentions.0.query.weight" in shapes
+        model = _skeleton(config, path)
+        return model, diffusers.autoencoder(_vae(model), config, legacy=legacy).under("autoencoder.", ""), tensors
+    metadata = _metadata(path)
+    if metadata.get("format") == native.FORMAT:
+        config = native.spec_of(metadata, path).autoencoder
+        model = _skeleton(config, path)
+        packed = native.Packed([])
+        packed._places = {name: place for name, place in tensors._places.items() if name.startswith("autoencoder.")}
+        return model, KeyMap({name: (name,) for name in model.shapes()}), packed
+    prefix = VAE if any(name.startswith(VAE) for name in shapes) else ""
+    if f"{prefix}encoder.conv_in.weight" not in shapes:
+        raise UserError(f"this is {kind(shapes)}, not an autoencoder")
+    bare = {name.removeprefix(prefix): shape for name, shape in shapes.items() if name.startswith(prefix)}
+    try:
+        config = replace(autoencoder_config(bare, 1.0), mean=like.mean, std=like.std)
+    except KeyError as error:
+        raise UserError(f"tensors do not fit: {error.args[0]} is missing") from None
+    except (IndexError, ValueError, ZeroDivisionError) as error:
+        raise UserError(f"tensors do not fit: {error}") from None
+    model = _skeleton(config, path)
+    keymap = compvis.autoencoder(_vae(model), config).under("autoencoder.", prefix)
+    spare = re.compile(rf"(?!{re.escape(prefix)}).*|{re.escape(prefix)}(loss|model_ema)\..*")
+    return model, keymap, tensors.without(name for name in shapes if spare.fullmatch(name))
+
+
+def _skeleton(config: AutoencoderConfig, path: Path) -> Model:
+    return native.skeleton(ModelSpec(config, 512), path)
+
+
+def _vae(model: Model) -> nn.Module:
+    return model.autoencoder
+
+
+def _tiny(
+    shapes: Mapping[str, tuple[int, ...]], tensors: Tensors, encoder: str, decoder: str, skipped: int
+) -> tuple[Model, KeyMap, Tensors]:
+    first = shapes[f"{decoder}{1 - skipped}.weight"]
+    if len(first) != 4 or not all(0 < side <= 4096 for side in first):
+        raise UserError(f"its first layer has the shape {list(first)}")
+    with torch.device("meta"):
+        tiny = TinyAutoencoder(TinyConfig(z_channels=first[1], width=first[0]))
+    names: dict[str, tuple[str, ...]] = {}
+    for ours in tiny.state_dict():
+        half, number, rest = ours.split(".", 2)
+        places = {"encoder": f"{encoder}{number}.{rest}", "decoder": f"{decoder}{int(number) - skipped}.{rest}"}
+        names[f"autoencoder.{ours}"] = (places[half],)
+    model = Model(ModelSpec(AutoencoderConfig(z_channels=first[1]), 512), tiny, None, None)
+    return model, KeyMap(names), tensors
+
+
+def _metadata(path: Path) -> dict[str, str]:
+    if path.is_dir():
+        return {}
+    with open_safetensors(path) as file:
+        return file.metadata
