@@ -130,7 +130,7 @@ def _shade(corners: np.ndarray) -> np.ndarray:
     """Brightness of each triangle, of whichever side is seen."""
     normal = np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0])
     normal *= np.where(normal[:, 2:] < 0, -1, 1) / np.maximum(np.linalg.norm(normal, axis=1, keepdims=True), 1e-12)
-    return 0.4 + 0.6 * (normal @ _LIGHT).clip(0)
+    return (0.5 + 0.65 * (normal @ _LIGHT).clip(0)).clip(max=1)  # the front of a white thing stays white
 
 
 def _colours(mesh: Mesh, triangle: np.ndarray, uv: np.ndarray) -> np.ndarray:
