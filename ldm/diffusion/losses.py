@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ldm.diffusion.denoiser import evaluate
+from ldm.diffusion.denoiser import columns, evaluate
 from ldm.diffusion.predictions import Prediction
 from ldm.diffusion.schedules import Schedule
 from ldm.shapes import Latent, Sigma
@@ -58,7 +58,8 @@ def diffusion_loss(
 ) -> Float[Tensor, " b"]:
     """The loss of each sample, (b,): the weighted squared error of the network's output, averaged over c, h, w."""
     x = x0 + sigma.view((-1,) + (1,) * (x0.ndim - 1)) * noise
-    output, scaling = evaluate(backbone, prediction, schedule, x, sigma, cond)
+    scaling = columns(prediction(sigma), x)
+    output = evaluate(backbone, scaling.inp * x, schedule.label(sigma), cond)
     target = (x0 - scaling.skip * x) / scaling.out
     weight = weighting(sigma, scaling.out.view(-1))
     return weight * (output - target).square().flatten(1).mean(1)

@@ -106,7 +106,7 @@ SVD = (700.0, 54.5, 15.886, 7.977, 4.248, 1.789, 0.981, 0.403, 0.173, 0.034, 0.0
 
 
 def align_your_steps(schedule: Noising, n: int, table: Sequence[float] = SD1) -> Tensor:
-    """A published schedule, interpolated in log sigma to n steps whatever the model's own, its last level left for 0."""
+    """A published schedule, whatever the model's own, interpolated in log sigma to n steps; its end becomes 0."""
     logs = torch.tensor(table, dtype=torch.float64).log()
     place = _line(0, len(table) - 1, n + 1)[:-1]
     left = place.floor().long()

@@ -29,7 +29,7 @@ def _advance(x: State, x0: State, s: float, t: float, weights: Sequence[float], 
     for j, (weight, eps) in enumerate(zip(weights, past, strict=False)):
         rest = weight - (t - s) if j == 0 else weight
         if rest != 0:
-            moved = moved.add(eps, alpha=rest)
+            moved.add_(eps, alpha=rest)
     return moved
 
 

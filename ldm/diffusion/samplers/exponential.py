@@ -71,9 +71,10 @@ def _plan(
 
 
 def _add(base: State, weights: Sequence[float], values: Sequence[Tensor]) -> State:
-    for weight, value in zip(weights, values, strict=False):
-        base = base.add(value, alpha=weight)
-    return base
+    total = base.add(values[0], alpha=weights[0])
+    for weight, value in zip(weights[1:], values[1:], strict=False):
+        total.add_(value, alpha=weight)
+    return total
 
 
 def _multistep(
