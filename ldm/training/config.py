@@ -104,7 +104,7 @@ class TextRun:
 class DenoisingLoss:
     """weighting: of the noise levels; caption_dropout: share of samples that see the empty caption, for guidance."""
 
-    weighting: Literal["uniform", "min_snr"] = "uniform"
+    weighting: Literal["uniform", "snr", "min_snr", "soft_min_snr"] = "uniform"
     caption_dropout: float = 0.1
 
 

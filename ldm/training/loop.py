@@ -93,7 +93,19 @@ def train(task: Task, config: VaeRun | LdmRun, path: Path) -> Outcome:
     learners = [Learner(objective, optim, accelerator, main=i == 0) for i, objective in enumerate(task.objectives())]
     optimizers = {learner.objective.name: learner.optimizer for learner in learners}
     ema = Ema([p for name in task.averaged for p in task.networks[name].parameters() if p.requires_grad], run.ema)
-    meter, guard, done = Meter(device), Guard(device), 0
+    meter, guard = Meter(device), Guard(device)
+
+    def resume(say: Callable[[str], None]) -> int:
+        with accelerator.main_process_first():  # damaged ones are put aside once
+            found = checkpoint.newest(folder.checkpoints, say)
+        if found is None:
+            return 0
+        saved_in, (tensors, state) = found
+        check_same(config, state["config"], path)
+        restore(tensors, task.networks, ema, optimizers)
+        meter.restore(state["meter"])
+        say(f"going on from {saved_in}")
+        return int(state["step"])
 
     @contextmanager
     def evaluating() -> Iterator[None]:
@@ -102,14 +114,7 @@ def train(task: Task, config: VaeRun | LdmRun, path: Path) -> Outcome:
             yield
 
     with Bar(run.steps, shown=main) as bar, interrupts() as interrupted:
-        if found := checkpoint.newest(folder.checkpoints, bar.say):
-            saved_in, (tensors, state) = found
-            check_same(config, state["config"], path)
-            restore(tensors, task.networks, ema, optimizers)
-            meter.restore(state["meter"])
-            done = state["step"]
-            bar.say(f"going on from {saved_in}")
-        accelerator.wait_for_everyone()
+        done = resume(bar.say)
         if main:
             folder.write_config(config)
             folder.start_log(done)

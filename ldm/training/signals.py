@@ -1,5 +1,6 @@
 """Ctrl-C and SIGTERM as a wish: the step in hand is finished and saved, then the run ends."""
 
+import os
 import signal
 import sys
 import threading
@@ -11,10 +12,12 @@ from types import FrameType
 @contextmanager
 def interrupts() -> Iterator[Callable[[], int]]:
     """Within it, a function that gives the number of the signal that came, or 0. A second Ctrl-C interrupts at once."""
-    came = 0
+    came, owner = 0, os.getpid()
 
     def handle(number: int, frame: FrameType | None) -> None:
         nonlocal came
+        if os.getpid() != owner:  # a process that reads data: it ends with this one
+            return
         if came and number == signal.SIGINT:
             raise KeyboardInterrupt
         came = number

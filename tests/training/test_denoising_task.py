@@ -36,7 +36,9 @@ def loss(task: DenoisingTask, positions: range = range(8)) -> torch.Tensor:
         ("prediction", "edm"),
         ("schedule.kind", "flow"),
         ("schedule.zero_snr", "true"),
+        ("loss.weighting", "snr"),
         ("loss.weighting", "min_snr"),
+        ("loss.weighting", "soft_min_snr"),
         ("loss.caption_dropout", "1"),
         ("run.seed", "1"),
         ("text.tower.layers", "2"),
@@ -124,6 +126,7 @@ def test_the_exported_model_paints_what_the_run_showed(ldm, tmp_path: Path):
     [
         (["--text.train", "false"], "give text.weights"),
         (["--backbone.context_dim", "32"], "backbone.context_dim is 32: must be 16"),
+        (["--backbone.vector_dim", "8"], "vector_dim is 8: must be 0"),
         (["--backbone.in_channels", "8"], "in_channels 8 and out_channels 4 must both be 4"),
         (["--data.size", "30"], "data.size 30 is not a multiple of 4"),
         (["--autoencoder", "nowhere.safetensors"], "nowhere.safetensors"),

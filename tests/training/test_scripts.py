@@ -2,10 +2,12 @@
 
 import json
 import os
+import runpy
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -22,12 +24,18 @@ def command(script: str, *arguments: str | Path) -> list[str]:
     return [sys.executable, str(ROOT / "scripts" / script), *map(str, arguments)]
 
 
-def refused(*arguments: str | Path) -> str:
-    """What is said on stderr, which must be one line, with exit code 2."""
-    done = subprocess.run(command("train_vae.py", *arguments), capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 2, done.stderr
-    assert done.stderr.count("\n") == 1
-    return done.stderr
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """Runs a script in this process: its exit code, stdout and stderr."""
+
+    def run(script: str, *arguments: str | Path) -> tuple[int, str, str]:
+        monkeypatch.chdir(ROOT)
+        monkeypatch.setattr(sys, "argv", command(script, *arguments)[1:])
+        with pytest.raises(SystemExit) as end:
+            runpy.run_path(sys.argv[0], run_name="__main__")
+        return int(end.value.code or 0), *capsys.readouterr()
+
+    return run
 
 
 @pytest.mark.parametrize(
@@ -39,18 +47,21 @@ def refused(*arguments: str | Path) -> str:
         ([], "no shards match"),
     ],
 )
-def test_one_line_for_a_mistake(overrides: list[str], message: str, tmp_path: Path):
-    assert message in refused("configs/tiny/vae.yaml", "--run", tmp_path, *overrides)
+def test_one_line_for_a_mistake(here, overrides: list[str], message: str, tmp_path: Path):
+    code, _, error = here("train_vae.py", "configs/tiny/vae.yaml", "--run", tmp_path / "run", *overrides)
+    assert code == 2 and message in error and error.count("\n") == 1
 
 
-def test_the_run_folder_and_the_config_are_asked_for(tmp_path: Path):
-    assert "--run" in refused("configs/tiny/vae.yaml")
-    assert "cannot read config" in refused("nowhere.yaml", "--run", tmp_path)
+def test_the_run_folder_and_the_config_are_asked_for(here, tmp_path: Path):
+    code, _, error = here("train_vae.py", "configs/tiny/vae.yaml")
+    assert code == 2 and "--run" in error and error.count("\n") == 1
+    code, _, error = here("train_vae.py", "nowhere.yaml", "--run", tmp_path)
+    assert code == 2 and "cannot read config" in error
 
 
-def test_help_lists_the_fields():
-    done = subprocess.run(command("train_ldm.py", "--help"), capture_output=True, text=True)
-    assert "--optim.lr 0.0001" in done.stdout and "--run.steps (needed)" in done.stdout
+def test_help_lists_the_fields(here):
+    code, text, _ = here("train_ldm.py", "--help")
+    assert code == 0 and "--optim.lr 0.0001" in text and "--run.steps (needed)" in text
 
 
 def test_ctrl_c_saves_and_the_same_command_goes_on(tmp_path: Path):
@@ -58,15 +69,17 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(tmp_path: Path):
     arguments = ["configs/tiny/vae.yaml", "--run", run, "--data.shards", SHARDS, "--run.trackers", "[]"]
     arguments += ["--data.size", "32", "--data.workers", "1", "--run.log_every", "1", "--loss.adversarial", "0"]
     steps = ["--run.steps", "100000"]
-    process = subprocess.Popen(command("train_vae.py", *arguments, *steps), cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command("train_vae.py", *arguments, *steps), cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
     log = run / "log.jsonl"
     deadline = time.monotonic() + 60
     while not (log.exists() and log.read_text()) and time.monotonic() < deadline:
         time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: the processes that read data get it too
     _, error = process.communicate(timeout=60)
     assert process.returncode == 130, error
-    assert "Traceback" not in error and "which is saved" in error
+    assert "Traceback" not in error and "which is saved" in error and error.count("finishing this step") == 1
     done = int(next((run / "checkpoints").iterdir()).name)
     assert done == json.loads(log.read_text().splitlines()[-1])["step"]
 
