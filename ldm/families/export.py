@@ -69,7 +69,8 @@ def to_diffusers(path: Path, model: Model, weights: Weights, extras: Weights) ->
         else:
             kept[name] = value
     if spec.autoencoder.decoder_channels:
-        parts["vae"] |= _condition_encoder(spec.autoencoder, weights["autoencoder.decoder.conv_in.weight"].dtype)
+        unread = _condition_encoder(spec.autoencoder, weights["autoencoder.decoder.conv_in.weight"].dtype)
+        parts["vae"] = unread | parts["vae"]
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise UserError(f"{str(path)!r} is there already: give a new name")
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -24,7 +24,10 @@ from ldm.text.tower import TextConfig
 
 INDEX, EXTRA = "model_index.json", "extra.safetensors"
 OURS = native.EXTRA + "ldm."
-BUFFERS = re.compile(r"text_encoder(_2)?/(.*position_ids|logit_scale|text_projection\.weight)|extra\..*")
+# Read by no picture from text: buffers, unused projections, what an uneven autoencoder does with masks.
+SPARE = re.compile(
+    r"text_encoder(_2)?/(.*position_ids|logit_scale|text_projection\.weight)|vae/decoder\.condition_encoder\..*|extra\..*"
+)
 
 
 @dataclass(frozen=True)
@@ -124,11 +127,10 @@ def _folder(path: Path, stack: ExitStack) -> Source:
     keymap = _override(diffusers_map(family, model, dialects), tensors, model)
     used = {name for names in keymap.names.values() for name in names}
     folded = {"vae/post_quant_conv.weight", "vae/post_quant_conv.bias", "vae/quant_conv.weight", "vae/quant_conv.bias"}
-    ours = stated is not None
     extras = frozenset(
         name
         for name in tensors
-        if name not in used and (BUFFERS.fullmatch(name) or (ours and (name in folded or "condition_encoder" in name)))
+        if name not in used and (SPARE.fullmatch(name) or (stated is not None and name in folded))
     )
     return Source(path, "diffusers", spec, model, tensors, keymap, extras)
 

@@ -118,6 +118,12 @@ def write_folder(root: Path, name: str) -> None:
     (root / "model_index.json").write_text(json.dumps(index))
 
 
+@pytest.fixture
+def randomised() -> Any:
+    """`randomise`, for tests that build models of their own."""
+    return randomise
+
+
 @pytest.fixture(scope="session")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A folder of each family; not to be changed."""

@@ -1,0 +1,38 @@
+"""Convert a model between layouts; the way there and back is the identity, tensor for tensor.
+
+python scripts/convert.py embedded apple-folder --to diffusers
+python scripts/convert.py v1-5-pruned.ckpt sd15.safetensors --to ldm --dtype fp16
+"""
+
+import sys
+import tempfile
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from ldm.errors import Parser, script
+
+FLAGS = Parser(__doc__)
+FLAGS.add_argument("model", help="a packaged model's name, a file, or a diffusers folder; .ckpt and .bin too")
+FLAGS.add_argument("out", type=Path, help="the file or folder to write")
+FLAGS.add_argument("--to", required=True, choices=("ldm", "diffusers", "compvis"), help="the layout to write")
+FLAGS.add_argument("--dtype", choices=("fp16", "bf16", "fp32"), help="of every weight (as they are)")
+
+
+@script
+def main() -> None:
+    args = FLAGS.parse_args()
+
+    from ldm import pipeline  # after the flags are read: what follows takes seconds
+    from ldm.checkpoints import pickled
+    from ldm.families.convert import convert
+
+    dtype = pipeline.PRECISIONS[args.dtype] if args.dtype else None
+    with tempfile.TemporaryDirectory(prefix=".convert.", dir=pickled.room(args.out)) as scratch:
+        safe = pickled.unpacked(pipeline.find(args.model), Path(scratch))
+        convert(safe, args.out, args.to, dtype)
+    print(args.out)
+
+
+if __name__ == "__main__":
+    main()

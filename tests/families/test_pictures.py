@@ -1,0 +1,130 @@
+"""Whole pictures: diffusers' own pipelines and ours, from one folder and one recipe."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from ldm import pipeline
+from ldm.checkpoints import native
+from ldm.diffusion.schedules import ScheduleConfig
+from ldm.families.convert import convert
+from ldm.images import to_pixels
+from ldm.models.autoencoder import AutoencoderConfig
+from ldm.models.unet import UNetConfig
+from ldm.recipe import Request
+from ldm.text.tower import TextConfig
+
+PIPELINES = {"sd1": "StableDiffusionPipeline", "sd2": "StableDiffusionPipeline", "sdxl": "StableDiffusionXLPipeline"}
+SCHEDULERS = {"ddim": "DDIMScheduler", "euler": "EulerDiscreteScheduler", "dpmpp_2m": "DPMSolverMultistepScheduler"}
+# Where diffusers means the same by a spacing's name. Its trailing Euler starts from noise of another scale (sigma, not
+# sqrt(1 + sigma^2): 1/255 in a tenth of the pixels), its leading DPM++ takes strides for one step more.
+RUNS = [("ddim", "trailing"), ("ddim", "leading"), ("euler", "leading"), ("dpmpp_2m", "trailing")]
+REQUEST = Request("a red apple on a wooden table", "blurry, dark", seed=7, steps=8, cfg_scale=5.0, width=48, height=32)
+
+
+def theirs(folder: Path, name: str, scheduler: str | None, request: Request, **settings: Any) -> np.ndarray:
+    import diffusers
+
+    pipe = getattr(diffusers, PIPELINES[name]).from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    if scheduler:
+        pipe.scheduler = getattr(diffusers, scheduler).from_config(pipe.scheduler.config, **settings)
+    image = pipe(
+        request.prompt,
+        negative_prompt=request.negative or None,
+        num_inference_steps=request.steps,
+        guidance_scale=request.cfg_scale,
+        width=request.width,
+        height=request.height,
+        generator=torch.Generator().manual_seed(request.seed),
+    ).images[0]
+    return np.asarray(image).astype(int)
+
+
+def ours(folder: Path, request: Request) -> np.ndarray:
+    return to_pixels(pipeline.load(str(folder), "cpu", "fp32").txt2img(request))[0].numpy().astype(int)
+
+
+def assert_same(a: np.ndarray, b: np.ndarray) -> None:
+    """At most 1/255 apart, in at most 1 % of the pixels; and a picture that is not flat."""
+    assert a.shape == b.shape and a.std() > 20
+    difference = np.abs(a - b).max(axis=-1)
+    assert difference.max() <= 1
+    assert (difference > 0).mean() <= 0.01
+
+
+@pytest.fixture(scope="module")
+def named(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The folders with an index that diffusers can open."""
+    root = tmp_path_factory.mktemp("named")
+    for name, kind in PIPELINES.items():
+        shutil.copytree(folders[name], root / name)
+        index = json.loads((root / name / "model_index.json").read_text())
+        for part, value in index.items():
+            if isinstance(value, list):
+                value[0] = "diffusers" if part in ("unet", "vae", "scheduler") else "transformers"
+        empty = ["safety_checker", "feature_extractor"] if name != "sdxl" else ["image_encoder", "feature_extractor"]
+        index |= {"_class_name": kind} | {part: [None, None] for part in empty}
+        (root / name / "model_index.json").write_text(json.dumps(index))
+    return {name: root / name for name in PIPELINES}
+
+
+@pytest.mark.parametrize(("sampler", "spacing"), RUNS)
+@pytest.mark.parametrize("name", PIPELINES)
+def test_pictures_equal_diffusers(named: dict[str, Path], name: str, sampler: str, spacing: str) -> None:
+    settings = {"timestep_spacing": spacing} | ({"final_sigmas_type": "zero"} if sampler == "dpmpp_2m" else {})
+    expected = theirs(named[name], name, SCHEDULERS[sampler], REQUEST, **settings)
+    assert_same(ours(named[name], replace(REQUEST, sampler=sampler, schedule=spacing)), expected)
+
+
+def test_an_empty_negative_is_zeros_in_sdxl(named: dict[str, Path]) -> None:
+    request = replace(REQUEST, negative="", sampler="ddim", schedule="trailing")
+    expected = theirs(named["sdxl"], "sdxl", SCHEDULERS["ddim"], request, timestep_spacing="trailing")
+    assert_same(ours(named["sdxl"], request), expected)
+
+
+def test_what_we_write_diffusers_paints(randomised: Any, tmp_path: Path) -> None:
+    """A folder written by us, opened by diffusers with nothing changed in it, its own scheduler and all."""
+    spec = native.ModelSpec(
+        autoencoder=AutoencoderConfig(
+            channels=(16, 32),
+            decoder_channels=(32, 48),
+            res_blocks=1,
+            groups=16,
+            mean=(0.3, -0.1, 0.2, 0.0),
+            std=(2.0, 1.5, 1.0, 0.7),
+        ),
+        image_size=32,
+        backbone=UNetConfig(channels=(32, 64), res_blocks=1, depth=(1, 1), heads=(2, 4), context_dim=64, groups=16),
+        text=TextConfig(width=64, heads=1, layers=3, context_length=16, vocab_size=800, pad="zero", quickgelu=False),
+        prediction="v",
+        schedule=ScheduleConfig(),
+        defaults=native.SamplingDefaults("ddim", "trailing", 8, 5.0),
+    )
+    model = native.build(spec)
+    rng = torch.Generator().manual_seed(3)
+    for module in model.modules.values():
+        randomised(module, rng)
+    native.save(tmp_path / "ours", spec, model.modules)
+    convert(tmp_path / "ours", tmp_path / "folder", "diffusers")
+    expected = theirs(tmp_path / "folder", "sd1", None, REQUEST)
+    assert_same(ours(tmp_path / "ours", REQUEST), expected)
+    assert_same(ours(tmp_path / "folder", REQUEST), expected)
+    (
+        tmp_path / "folder/extra.safetensors"
+    ).unlink()  # without the originals of what was folded, the folder stands for itself
+    assert_same(ours(tmp_path / "folder", replace(REQUEST, sampler="ddim", schedule="trailing")), expected)
+
+
+def test_inpainting_paints_a_whole_picture(folders: dict[str, Path]) -> None:
+    assert ours(folders["inpainting"], replace(REQUEST, sampler="ddim", steps=2)).std() > 20
+
+
+def test_the_refiner_paints(folders: dict[str, Path]) -> None:
+    assert ours(folders["sdxl-refiner"], replace(REQUEST, sampler="ddim", steps=2)).std() > 20
