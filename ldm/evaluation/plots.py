@@ -73,7 +73,7 @@ def schedules() -> "Figure":
         for name, config in SCHEDULES.items():
             sigma = make_schedule(config).sigma(time)
             for axis, values in zip(axes[0], (1 / (1 + sigma**2), -2 * sigma.log(), sigma), strict=True):
-                axis.plot(time, values, label=name, linewidth=1.6)
+                axis.plot(time.numpy(), values.numpy(), label=name, linewidth=1.6)
         titles = (
             r"signal, $\bar\alpha = 1 / (1 + \sigma^2)$",
             r"log SNR, $-2\,\ln\sigma$",
@@ -118,7 +118,7 @@ def _plane(name: str, n: int, points: int) -> list[Step]:
 
 
 def _scatter(axis: Any, points: Tensor, limit: float, colour: str, title: str = "") -> None:
-    axis.scatter(*points.T, s=1.2, color=colour, alpha=0.5, linewidths=0, rasterized=True)
+    axis.scatter(*points.T.numpy(), s=1.2, color=colour, alpha=0.5, linewidths=0, rasterized=True)
     axis.set(xlim=(-limit, limit), ylim=(-limit, limit), xticks=[], yticks=[], aspect="equal", title=title)
     axis.grid(False)
 
