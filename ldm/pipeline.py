@@ -78,7 +78,7 @@ def choose(device: str = "auto", precision: str = "auto") -> tuple[torch.device,
 
 
 def load(model: str = EMBEDDED, device: str = "auto", precision: str = "auto", vae: str = "") -> "Pipeline":
-    """Load a model by its name in the package or by its path: a file of ours, of CompVis's layout, or a diffusers folder.
+    """Load a model by its name in the package or its path: a file of ours, of CompVis's layout, or a diffusers folder.
 
     vae: the path of an autoencoder to use in place of its own. UserError for a file that is no model, or one that holds
     an autoencoder alone.
@@ -87,6 +87,7 @@ def load(model: str = EMBEDDED, device: str = "auto", precision: str = "auto", v
     where, precision = choose(device, precision)
     loaded = load_model(path, where, PRECISIONS[precision], Path(vae) if vae else None)
     made = Made(path.stem, digest(path), str(where), precision, versions(), torch.get_num_threads())
+    made = replace(made, vae=Path(vae).stem)
     return Pipeline(loaded, made)
 
 
@@ -116,6 +117,9 @@ class Pipeline:
         _between("seed", r.seed, 0, MAX_SEED)
         if not math.isfinite(r.cfg_scale):
             raise UserError(f"cfg scale is {r.cfg_scale}: give a number such as {spec.defaults.cfg_scale:g}")
+        if r.clip_skip is not None:
+            text = self.conditioner.config
+            _between("clip skip", r.clip_skip, 1, min(t.layers for t in (text, text.second or text)))
         for name, side in (("width", r.width), ("height", r.height)):
             _between(name, side, self.multiple, MAX_SIDE)
             if side % self.multiple:
@@ -146,7 +150,7 @@ class Pipeline:
         assert r.sampler and r.schedule and r.steps and r.width and r.height and r.cfg_scale is not None
         schedule, factor = self.denoiser.schedule, self.model.autoencoder.factor
         texts = [o.prompt for o in requests], [o.negative for o in requests]
-        cond, uncond = self.conditioner.pair(*texts, (r.height, r.width))
+        cond, uncond = self.conditioner.pair(*texts, (r.height, r.width), r.clip_skip)
         canvas = self._canvas(len(requests), r)
         denoise = cfg(self.denoiser, replace(cond, concat=canvas), replace(uncond, concat=canvas), r.cfg_scale)
         sigmas = schedule.steps(r.steps, r.schedule)
@@ -197,6 +201,10 @@ class Pipeline:
         if made.model_hash != self.made.model_hash:
             theirs, ours = (f"{m.model!r} ({m.model_hash[:10]})" for m in (made, self.made))
             raise UserError(f"the picture was made with the model {theirs}, not {ours}: give that file as --model")
+        if made.vae != self.made.vae:
+            raise UserError(
+                f"the picture was decoded by the autoencoder {made.vae or 'of the model'!r}: give that as --vae"
+            )
 
     def notes(self, requests: Sequence[Request]) -> list[str]:
         """What a person wants to know before it starts: one line for the run, one for each prompt that is too long."""

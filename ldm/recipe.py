@@ -41,7 +41,8 @@ A1111_SAMPLERS = {
 class Request:
     """One picture to be made. What is None is the model's own default (`Pipeline.complete` fills it in).
 
-    seed: of all the noise of this picture; schedule: how the steps are spaced over the noise levels; sizes in pixels.
+    seed: of all the noise of this picture; schedule: how the steps are spaced over the noise levels; sizes in pixels;
+    clip_skip: which layer of the text tower is read, counted from the last, 1.
     """
 
     prompt: str
@@ -53,6 +54,7 @@ class Request:
     cfg_scale: float | None = None
     width: int | None = None
     height: int | None = None
+    clip_skip: int | None = None
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,7 @@ class Made:
 
     model: a name and never a path, for a picture should not tell of the disk it was made on; model_hash: the file's
     sha256. batch, row: its place among those made at once, as the last bits of arithmetic differ with the batch's size.
+    vae: the name of another autoencoder than the model's own.
     """
 
     model: str = ""
@@ -71,6 +74,7 @@ class Made:
     threads: int = 0
     batch: int = 1
     row: int = 0
+    vae: str = ""
 
     def __post_init__(self) -> None:
         if not 0 <= self.row < self.batch <= MAX_BATCH:
@@ -107,6 +111,8 @@ class Recipe:
             "Model hash": made.model_hash[:10],
             "Model": made.model,
         }
+        fields |= {"Clip skip": r.clip_skip} if r.clip_skip else {}
+        fields |= {"VAE": made.vae} if made.vae else {}
         negative = [f"Negative prompt: {r.negative}"] if r.negative else []
         return "\n".join([r.prompt, *negative, ", ".join(f"{key}: {_quote(value)}" for key, value in fields.items())])
 

@@ -22,6 +22,8 @@ PROMPTS.add_argument("--prompts-file", type=Path, help="a text file, one prompt 
 FLAGS.add_argument("--from-image", type=Path, help="paint a picture of ours again; other flags change its recipe")
 FLAGS.add_argument("--negative", help="what to keep away from")
 FLAGS.add_argument("--model", help="a packaged model's name, or a path (embedded)")
+FLAGS.add_argument("--vae", default="", help="another autoencoder: a file or folder, TAESD's too (the model's own)")
+FLAGS.add_argument("--clip-skip", type=int, help="read the text tower's n-th layer from the end (the model's own)")
 FLAGS.add_argument("--sampler", help="such as euler, euler_a, dpmpp_2m; a wrong name lists all (the model's own)")
 FLAGS.add_argument("--schedule", help="such as trailing, karras; a wrong name lists all (the model's own)")
 FLAGS.add_argument("--steps", type=int, help="network evaluations a picture (the model's own)")
@@ -35,7 +37,7 @@ FLAGS.add_argument("--out", type=Path, default=Path("outputs"), help="folder for
 FLAGS.add_argument("--device", help="auto, cpu, cuda, cuda:1 (auto)")
 FLAGS.add_argument("--precision", help="auto, fp32, bf16, fp16 (auto: bf16 on CUDA, else fp32)")
 FLAGS.add_argument("--grid", action="store_true", help="write all pictures on one sheet as well")
-RECIPE = ("negative", "sampler", "schedule", "steps", "cfg_scale", "seed", "width", "height")  # fields of a Request
+RECIPE = ("negative", "sampler", "schedule", "steps", "cfg_scale", "seed", "width", "height", "clip_skip")
 
 
 @script
@@ -52,7 +54,7 @@ def main() -> None:
     old = recipe.read(args.from_image) if args.from_image else recipe.fresh(secrets.randbelow(2**32))
     prompts = args.prompt or (recipe.read_prompts(args.prompts_file) if args.prompts_file else [old.request.prompt])
     model, precision = args.model or pipeline.EMBEDDED, args.precision or old.made.precision
-    painter = pipeline.load(model, args.device or old.made.device, precision)
+    painter = pipeline.load(model, args.device or old.made.device, precision, args.vae)
     if args.from_image and not args.model:
         painter.check(old.made)
     given = {name: value for name in RECIPE if (value := getattr(args, name)) is not None}
@@ -60,7 +62,6 @@ def main() -> None:
     batches = pipeline.batches(requests, args.batch_size, old.made)
     out = images.folder(args.out)
     print(*painter.notes(requests), sep="\n", file=sys.stderr)
-
     pixels: list[images.Pixels] = []
     columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty()) as bar:
