@@ -4,7 +4,8 @@
 
 The network is a stand-in that returns a tensor made beforehand. Ours: label, scalings, guard against NaN, sampler, from
 schedule to last step. Theirs: set_timesteps, scale_model_input, step. The two take turns; medians of whole runs, per
-evaluation of the network.
+evaluation of the network, in CPU time of the one thread, so that other work on the machine counts little. Of a
+stochastic sampler's step the drawing of noise is the greater part, the same for both.
 """
 
 import argparse

@@ -8,9 +8,9 @@ import torch
 from ldm.conditioning import Conditioning
 from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.guidance import cfg
-from ldm.diffusion.losses import WEIGHTINGS, diffusion_loss
+from ldm.diffusion.losses import WEIGHTINGS, diffusion_loss, min_snr, soft_min_snr
 from ldm.diffusion.noise import SeededNoise
-from ldm.diffusion.predictions import PREDICTIONS
+from ldm.diffusion.predictions import PREDICTIONS, edm
 from ldm.diffusion.schedules import ScheduleConfig, make_schedule
 
 SCHEDULE = make_schedule(ScheduleConfig(kind="flow"))
@@ -26,8 +26,9 @@ def test_a_network_that_hits_its_target_denoises_exactly(name: str) -> None:
     x = x0 + sigma.view(-1, 1, 1, 1) * noise
     scaling = PREDICTIONS[name](sigma.view(-1, 1, 1, 1))
     target = (x0 - scaling.skip * x) / scaling.out
-    denoiser = Denoiser(lambda z, label, cond: target, PREDICTIONS[name], SCHEDULE)
-    assert torch.allclose(denoiser(x, sigma, None), x0, rtol=0, atol=1e-12)
+    denoiser = Denoiser(lambda z, label, cond: target[: len(z)], PREDICTIONS[name], SCHEDULE)
+    assert torch.allclose(denoiser(x, sigma, None), x0, rtol=0, atol=1e-12)  # each sample at its own level
+    assert torch.allclose(denoiser(x[:1], sigma[:1], None), x0[:1], rtol=0, atol=1e-12)  # one level for all
     loss = diffusion_loss(lambda z, label, cond: target, PREDICTIONS[name], SCHEDULE, x0, sigma, noise, None)
     assert loss.shape == (4,) and loss.max() < 1e-20
 
@@ -70,6 +71,15 @@ def test_weightings_are_the_published_ones_under_each_prediction() -> None:
     ]  # fmt: skip
     for loss in zero:
         close(loss, (x0**2).flatten(1).mean(1) * snr)
+
+
+def test_gamma_and_the_deviation_of_the_data_count() -> None:
+    sigma = torch.tensor([0.1, 0.5, 2.0]).double()
+    one, v = edm(sigma, sd=1.0), PREDICTIONS["v"](sigma)  # on data of unit deviation edm is v with its sign turned
+    assert torch.allclose(one.out, -v.out) and torch.allclose(one.skip, v.skip) and torch.allclose(one.inp, v.inp)
+    ones = torch.ones_like(sigma)
+    assert torch.allclose(min_snr(sigma, ones, gamma=2.0), (sigma**-2).clamp(max=2))
+    assert torch.allclose(soft_min_snr(sigma, ones, gamma=2.0), 1 / (sigma**2 + 0.5))
 
 
 def test_the_backbone_runs_in_its_own_dtype_and_the_rest_in_fp32() -> None:

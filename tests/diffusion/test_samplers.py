@@ -112,6 +112,12 @@ def test_options_out_of_range_are_refused(name: str, options: dict[str, Any]) ->
         list(SAMPLERS[name](soft, torch.randn(2, 3), GRID, torch.randn_like, **options))
 
 
+def test_an_unknown_rule_is_refused() -> None:
+    with pytest.raises(UserError, match=r"unknown rule 'heun': choose one of exact, midpoint"):
+        # past the tests' own check of annotations
+        list(SAMPLERS["dpmpp_3m"].__wrapped__(soft, torch.randn(2, 3), GRID, torch.randn_like, rule="heun"))
+
+
 def test_unknown_names_suggest_the_nearest() -> None:
     assert find_sampler("dpmpp_2m") is SAMPLERS["dpmpp_2m"]
     with pytest.raises(UserError, match=r"unknown sampler 'dpmp_2m' .did you mean 'dpmpp_2m'"):

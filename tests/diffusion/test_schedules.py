@@ -13,6 +13,7 @@ from torch import Tensor
 from ldm.config import from_dict, to_dict
 from ldm.diffusion.schedules import Schedule, ScheduleConfig, alphas_bar, make_schedule, resolution_shift
 from ldm.diffusion.spacings import SPACINGS, align_your_steps, karras, polyexponential
+from ldm.diffusion.spacings import beta as beta_spacing
 from ldm.errors import UserError
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of numpy's and diffusers' deprecations
@@ -95,6 +96,10 @@ def test_beta_spacing_is_scipys_quantile() -> None:
     for n in (5, 20, 100):
         steps = beta.ppf(1 - np.linspace(0, 1, n, endpoint=False), 0.6, 0.6) * 999
         torch.testing.assert_close(VP.label(VP.steps(n, "beta")[:-1]), torch.tensor(steps), rtol=0, atol=0.05)
+
+    even = VP.label(beta_spacing(VP, 8, a=1.0, b=1.0))
+    torch.testing.assert_close(even, VP.label(VP.steps(8, "sgm_uniform")[:-1]), rtol=0, atol=0.01)
+    assert VP.label(beta_spacing(VP, 8, b=2.0))[4] < VP.label(beta_spacing(VP, 8))[4]
 
 
 def test_align_your_steps_is_the_published_table() -> None:

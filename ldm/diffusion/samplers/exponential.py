@@ -16,14 +16,24 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from itertools import pairwise
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 from torch import Tensor
 
 from ldm.diffusion.samplers.common import Denoise, Levels, NoiseFn, State, Step, begin, check_range, renoise
 from ldm.diffusion.samplers.weights import exponential_moments, lagrange_weights
+from ldm.errors import UserError
 
 Rule = Literal["exact", "midpoint", "taylor", "published"]
+
+
+class _Solver(NamedTuple):
+    """Points of the predictor and of the corrector (0: none), the rule, and whether the order falls before a last 0."""
+
+    predict: int
+    correct: int = 0
+    rule: Rule = "exact"
+    settle: bool = False
 
 
 class _Plan(NamedTuple):
@@ -48,10 +58,9 @@ def _moments(rule: Rule, rate: float, h: float, n: int) -> list[float]:
 
 
 @lru_cache(maxsize=8)
-def _plan(
-    grid: tuple[float, ...], taus: tuple[float, ...], predict: int, correct: int, rule: Rule, settle: bool
-) -> list[_Plan]:
-    """The coefficients of a whole run. `correct` counts the corrector's points, 0 for none."""
+def _plan(grid: tuple[float, ...], taus: tuple[float, ...], solver: _Solver) -> list[_Plan]:
+    """The coefficients of a whole run."""
+    predict, correct, rule, settle = solver
     plans = []
     last = len(grid) - 2
     for i, (s, t) in enumerate(pairwise(grid)):
@@ -60,7 +69,8 @@ def _plan(
             continue
         h, noisy = math.log(s / t), taus[i] ** 2
         left = last - i + 1 if settle and grid[-1] == 0 else len(grid)
-        past = [math.log(s / level) for level in reversed(grid[: i + 1])]  # lambda of past levels, relative to this
+        near = grid[max(0, i + 1 - max(predict, correct)) : i + 1]
+        past = [math.log(s / level) for level in reversed(near)]  # lambda of past levels, relative to this
         predictor, corrector = past[: min(predict, left)], [h, *past[: min(correct - 1, left)]] if correct else []
         up = t * math.sqrt(-math.expm1(-2 * noisy * h))
         weights = [
@@ -77,19 +87,23 @@ def _add(base: State, weights: Sequence[float], values: Sequence[Tensor]) -> Sta
     return total
 
 
+def ode(sigma: float) -> float:
+    """tau 0 everywhere."""
+    return 0.0
+
+
+def middle(sigma: float) -> float:
+    """tau 1 in the middle of the run: the training steps 200 to 800 of the scaled-linear schedule."""
+    return 1.0 if 0.57 <= sigma <= 5.1 else 0.0
+
+
 def _multistep(
-    denoise: Denoise,
-    x: State,
-    sigmas: Levels,
-    noise: NoiseFn,
-    predict: int,
-    correct: int = 0,
-    rule: Rule = "exact",
-    tau: Callable[[float], float] = lambda sigma: 0.0,
-    settle: bool = False,
+    denoise: Denoise, x: State, sigmas: Levels, noise: NoiseFn, solver: _Solver, tau: Callable[[float], float] = ode
 ) -> Iterator[Step]:
+    if solver.rule not in get_args(Rule):
+        raise UserError(f"unknown rule {solver.rule!r}: choose one of {', '.join(get_args(Rule))}")
     model, x, grid = begin(denoise, x, sigmas)
-    plans = _plan(tuple(grid), tuple(tau(s) for s in grid[:-1]), predict, correct, rule, settle)
+    plans = _plan(tuple(grid), tuple(tau(s) for s in grid[:-1]), solver)
     past: list[Tensor] = []  # x0, newest first
     base, corrector = x, list[float]()  # the last step without its x0, and the weights to go over it again
     for (s, t), plan in zip(pairwise(grid), plans, strict=True):
@@ -97,7 +111,7 @@ def _multistep(
         past.insert(0, x0)
         if corrector:
             x = _add(base, corrector, past)
-        del past[max(predict, correct - 1) :]
+        del past[max(solver.predict, solver.correct - 1) :]
         base, corrector = renoise(x * plan.keep, noise, plan.up), plan.correct
         x = _add(base, plan.predict, past)
         yield Step(x, x0, t)
@@ -105,12 +119,12 @@ def _multistep(
 
 def dpmpp_2m(denoise: Denoise, x: State, sigmas: Levels, noise: NoiseFn) -> Iterator[Step]:
     """DPM-Solver++(2M), Lu et al. 2022b, algorithm 2: first order at the start and into 0."""
-    return _multistep(denoise, x, sigmas, noise, predict=2, rule="midpoint")
+    return _multistep(denoise, x, sigmas, noise, _Solver(2, rule="midpoint"))
 
 
 def dpmpp_3m(denoise: Denoise, x: State, sigmas: Levels, noise: NoiseFn, *, rule: Rule = "exact") -> Iterator[Step]:
     """DPM-Solver++(3M): three points. `published` is what other toolkits compute."""
-    return _multistep(denoise, x, sigmas, noise, predict=3, rule=rule)
+    return _multistep(denoise, x, sigmas, noise, _Solver(3, rule=rule))
 
 
 def dpmpp_2m_sde(
@@ -118,7 +132,7 @@ def dpmpp_2m_sde(
 ) -> Iterator[Step]:
     """DPM-Solver++(2M) on the reverse SDE (Lu et al. 2022b, appendix); k-diffusion's `heun` is rule exact."""
     check_range("eta", eta, 0)
-    return _multistep(denoise, x, sigmas, noise, predict=2, rule=rule, tau=lambda sigma: math.sqrt(eta))
+    return _multistep(denoise, x, sigmas, noise, _Solver(2, rule=rule), lambda sigma: math.sqrt(eta))
 
 
 def dpmpp_3m_sde(
@@ -126,7 +140,7 @@ def dpmpp_3m_sde(
 ) -> Iterator[Step]:
     """DPM-Solver++(3M) on the reverse SDE (Crowson's k-diffusion, which has rule `published`)."""
     check_range("eta", eta, 0)
-    return _multistep(denoise, x, sigmas, noise, predict=3, rule=rule, tau=lambda sigma: math.sqrt(eta))
+    return _multistep(denoise, x, sigmas, noise, _Solver(3, rule=rule), lambda sigma: math.sqrt(eta))
 
 
 def unipc(
@@ -134,12 +148,7 @@ def unipc(
 ) -> Iterator[Step]:
     """UniPC of order 2 or 3 (Zhao et al. 2023, algorithms 1 and 2); rule midpoint is its B2, taylor its B1."""
     check_range("order", order, 1, 3)
-    return _multistep(denoise, x, sigmas, noise, predict=order, correct=order + 1, rule=rule, settle=True)
-
-
-def middle(sigma: float) -> float:
-    """tau 1 in the middle of the run: the training steps 200 to 800 of the scaled-linear schedule."""
-    return 1.0 if 0.57 <= sigma <= 5.1 else 0.0
+    return _multistep(denoise, x, sigmas, noise, _Solver(order, order + 1, rule, settle=True))
 
 
 def sa_solver(
@@ -152,4 +161,4 @@ def sa_solver(
     rule: Rule = "taylor",
 ) -> Iterator[Step]:
     """SA-Solver (Xue et al. 2023, algorithm 1), predictor and corrector of two points; tau(sigma) sets the noise."""
-    return _multistep(denoise, x, sigmas, noise, predict=2, correct=2, rule=rule, tau=tau, settle=True)
+    return _multistep(denoise, x, sigmas, noise, _Solver(2, 2, rule, settle=True), tau)
