@@ -2,7 +2,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 PY := .venv/bin/python
 
-.PHONY: txt2img test test-all check format clean
+.PHONY: txt2img test test-all check format clean fuzz
 
 # The prompt goes through the environment, so that quotes, apostrophes and dollar signs in it stay what they are.
 txt2img: export PROMPT_TEXT := $(value PROMPT)
@@ -20,6 +20,10 @@ check: .venv/.installed-dev
 	$(PY) -m ruff check .
 	$(PY) -m mypy
 	$(PY) -m pytest -q -m "not slow"
+
+# A hundred thousand damaged models: each loads or is refused in one line.
+fuzz: .venv/.installed-dev
+	$(PY) tests/families/fuzz.py
 
 format: .venv/.installed-dev
 	$(PY) -m ruff format .

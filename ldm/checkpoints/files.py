@@ -133,6 +133,16 @@ class Tensors(Mapping[str, Tensor]):
 
 
 @contextmanager
+def brief(longest: int = 400) -> Iterator[None]:
+    """Whatever a hostile file makes a UserError quote, it stays one line of bearable length."""
+    try:
+        yield
+    except UserError as error:
+        line = " ".join(str(error).split())
+        raise UserError(line if len(line) <= longest else f"{line[: longest - 3]}...") from None
+
+
+@contextmanager
 def open_safetensors(path: Path) -> Iterator[SafeFile]:
     """Open a safetensors file on the CPU, its header checked. UserError where it is missing or broken."""
     header = read_header(path)

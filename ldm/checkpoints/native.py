@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ldm import config
-from ldm.checkpoints.files import SafeFile, Tensors, atomic_write, open_safetensors
+from ldm.checkpoints.files import SafeFile, Tensors, atomic_write, brief, open_safetensors
 from ldm.checkpoints.integrity import FLOATS, Entry, read_header
 from ldm.checkpoints.keymap import KeyMap, refuse
 from ldm.diffusion.denoiser import Denoiser
@@ -32,8 +32,13 @@ Storage = Literal["fp32", "fp16", "bf16", "int8"]
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "int8": torch.float16}
 SCALE = ".int8_scale"
 EXTRA = "extra."  # tensors of other layouts that a conversion keeps and no network reads
-MAX_WIDTH, MAX_REPEATS = 2**17, 128
-REPEATED = {"layers", "layer", "depth", "mid_depth", "res_blocks"}
+# No published model comes near these; beyond them a spec of a few bytes could ask for hours or for all the memory.
+MAX_WIDTH, MAX_LEVELS = 2**17, 64
+MAY_BE_ZERO = {"depth", "mid_depth", "vector_dim", "mlp", "projection", "size_ids", "id_width"}
+LIMITS = dict.fromkeys(("layers", "layer", "depth", "mid_depth", "res_blocks"), 128) | {
+    "context_length": 2048,
+    "patch": 64,
+}
 
 
 @dataclass(frozen=True)
@@ -136,7 +141,7 @@ def load(path: Path | str, device: torch.device | str = "cpu", dtype: torch.dtyp
 
     Weights go from the mapped file to the device once; nothing is initialised at random before. dtype None: as stored.
     """
-    with open_safetensors(Path(path)) as file:
+    with brief(), open_safetensors(Path(path)) as file:
         return _fill(file, spec_of(file.metadata, file.path), device, dtype)
 
 
@@ -144,7 +149,7 @@ def load_autoencoder(
     path: Path | str, device: torch.device | str = "cpu", dtype: torch.dtype | None = torch.float32
 ) -> Model:
     """The autoencoder of any model file of ours, alone, read as strictly; the rest of the file is not touched."""
-    with open_safetensors(Path(path)) as file:
+    with brief(), open_safetensors(Path(path)) as file:
         spec = replace(spec_of(file.metadata, file.path), backbone=None, text=None)
         file.entries = {name: entry for name, entry in file.entries.items() if name.startswith("autoencoder.")}
         return _fill(file, spec, device, dtype)
@@ -173,18 +178,18 @@ def skeleton(spec: ModelSpec, path: Path) -> Model:
 
 
 def _check_size(part: dict[str, Any], where: str = "") -> None:
-    """UserError for a number that would take for ever to build; no published model comes near."""
+    """UserError for a number beyond the LIMITS."""
     for name, value in part.items():
         if name in ("provenance", "schedule", "defaults"):
             continue
         for number in value if isinstance(value, list) else [value]:
             if isinstance(number, dict):
                 _check_size(number, f"{where}{name}.")
-            most = MAX_REPEATS if name in REPEATED else MAX_WIDTH
-            if isinstance(number, int) and not 0 <= number <= most:
-                raise UserError(f"{where}{name} is {number}: a model has from 0 to {most}")
-        if isinstance(value, list) and len(value) > MAX_REPEATS:
-            raise UserError(f"{where}{name} has {len(value)} values: a model has at most {MAX_REPEATS}")
+            least, most = int(name not in MAY_BE_ZERO), LIMITS.get(name, MAX_WIDTH)
+            if type(number) is int and not least <= number <= most:
+                raise UserError(f"{where}{name} is {number}: a model has from {least} to {most}")
+        if isinstance(value, list) and len(value) > MAX_LEVELS:
+            raise UserError(f"{where}{name} has {len(value)} values: a model has at most {MAX_LEVELS}")
 
 
 def check(model: Model, tensors: Tensors, keymap: KeyMap) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ldm.checkpoints import native
-from ldm.checkpoints.files import SafeFile, Tensors, open_safetensors
+from ldm.checkpoints.files import SafeFile, Tensors, brief, open_safetensors
 from ldm.checkpoints.keymap import KeyMap
 from ldm.checkpoints.native import Model, ModelSpec
 from ldm.errors import UserError
@@ -63,7 +63,7 @@ class Source:
 @contextmanager
 def open_model(path: Path) -> Iterator[Source]:
     """Open one of our files, a single file of CompVis's layout, or a diffusers folder. UserError otherwise."""
-    with ExitStack() as stack:
+    with brief(), ExitStack() as stack:
         if path.is_dir():
             yield _folder(path, stack)
         else:

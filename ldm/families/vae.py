@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ldm.checkpoints import compvis, diffusers, native
-from ldm.checkpoints.files import Tensors, open_safetensors, open_tensors
+from ldm.checkpoints.files import Tensors, brief, open_safetensors, open_tensors
 from ldm.checkpoints.keymap import KeyMap
 from ldm.checkpoints.native import Model, ModelSpec
 from ldm.errors import UserError
@@ -29,7 +29,7 @@ def load_vae(
     path: any whole model; an autoencoder of ours, of CompVis's names, or in diffusers' folder; TAESD as a folder of its
     two halves or as either half, the other being looked for beside it under the same name.
     """
-    with ExitStack() as stack:
+    with brief(), ExitStack() as stack:
         pairs = _files(path)
         tensors = stack.enter_context(open_tensors(pairs))
         try:
