@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,8 +26,8 @@ class Conditioning:
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "Conditioning":
         """Apply a function to each tensor that is there."""
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return Conditioning(**{name: value if value is None else function(value) for name, value in values.items()})
+        present = {f.name: value for f in fields(self) if (value := getattr(self, f.name)) is not None}
+        return Conditioning(**{name: function(value) for name, value in present.items()})
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -45,4 +46,5 @@ def join(*conditions: Conditioning) -> Conditioning:
     if len(present) != 1:
         raise ValueError("conditions to join carry different fields")
     columns = {f.name: [getattr(c, f.name) for c in conditions] for f in fields(Conditioning)}
-    return Conditioning(**{name: None if values[0] is None else torch.cat(values) for name, values in columns.items()})
+    joined: dict[str, Any] = {name: None if vs[0] is None else torch.cat(vs) for name, vs in columns.items()}
+    return Conditioning(**joined)

@@ -50,7 +50,7 @@ def main() -> None:
                         help='a caption made of columns, such as "a {colour} {name}"; may be repeated')  # fmt: skip
     parser.add_argument("--max-captions", action="append", default=[], metavar="[SOURCE:]N",
                         help="keep the first N captions of a picture, beside those from templates")  # fmt: skip
-    parser.add_argument("--match", default="", help="keep pictures with a caption that contains this regular expression")
+    parser.add_argument("--match", default="", help="keep pictures with a caption that has this regular expression")
     parser.add_argument("--limit-per-source", type=int, metavar="N", help="at most N pictures of each source")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (all cores)")
     given = vars(parser.parse_args())

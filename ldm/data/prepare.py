@@ -43,8 +43,8 @@ class PrepareConfig:
     size: pixels of the shorter side; format: of the written images, None keeps a picture's bytes where it has the size
     already and else writes WebP; quality: of WebP and JPEG; shard_size: samples in a shard; holdout: share kept
     for validation in `out/val`; templates: captions made of columns; limits: most pictures of a source, by name, "" for
-    all; max_captions: most own captions of a picture, by source; match: a regular expression that one of a picture's captions
-    must contain; workers: processes, 0 for this one.
+    all; max_captions: most own captions of a picture, by source; match: a regular expression that one of a picture's
+    captions must contain; workers: processes, 0 for this one.
     """
 
     out: str

@@ -1,7 +1,11 @@
-"""The autoencoder (VAE) between images and latents, in Stable Diffusion's layout (Esser et al. 2021; Rombach et al. 2022)."""
+"""The autoencoder (VAE) between images and latents, in Stable Diffusion's layout.
+
+After Esser et al. 2021 (arXiv:2012.09841) and Rombach et al. 2022 (arXiv:2112.10752).
+"""
 
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -20,9 +24,10 @@ class AutoencoderConfig:
     """Widths of an autoencoder, and the statistics of its latents; the defaults are Stable Diffusion's.
 
     channels: one width a level from the finest down, each level but the last halves h and w. decoder_channels: the
-    decoder's, where they differ. patch: the finest level sees patch x patch pixels as one, which saves most of the work (the
-    stem of LTX-Video, arXiv:2501.00103); SD has 1. mean, std: of each latent channel (one value serves all), measured on data
-    after training; SD states only a scale: std = 1 / 0.18215. quant_convs: whether 1 x 1 convolutions stand on both sides of the latent.
+    decoder's, where they differ. quant_convs: whether 1 x 1 convolutions stand on both sides of the latent. patch: the
+    finest level sees patch x patch pixels as one, which saves most of the work (LTX-Video, arXiv:2501.00103); SD has 1.
+    mean, std: of each latent channel (one value serves all), measured on data after training; SD states only a scale:
+    std = 1 / 0.18215.
     """
 
     z_channels: int = 4
@@ -88,8 +93,7 @@ class Stage(nn.Module):
 
     def __init__(self, widths: list[int], groups: int, resample: nn.Module | None = None) -> None:
         super().__init__()
-        pairs = zip(widths[:-1], widths[1:], strict=True)
-        self.blocks = nn.ModuleList(ResBlock(i, o, groups=groups, eps=1e-6) for i, o in pairs)
+        self.blocks = nn.ModuleList(ResBlock(i, o, groups=groups, eps=1e-6) for i, o in pairwise(widths))
         self.resample = resample
 
     def forward(self, x: Features) -> Features:

@@ -1,5 +1,6 @@
 """The denoising UNet with cross-attention, in Stable Diffusion's layout (Rombach et al. 2022, Sec. 3.3)."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,8 +17,9 @@ from ldm.shapes import Sigma
 class UNetConfig:
     """Widths and depths of a UNet; the defaults are Stable Diffusion 1.
 
-    channels, depth and heads have one value a level, from full resolution down: the width, the transformer blocks after each
-    ResBlock (0: none), and the attention heads. vector_dim: width of `Conditioning.vector`, 0 without one (SDXL 2816).
+    channels, depth and heads have one value a level, from full resolution down: the width, the transformer blocks after
+    each ResBlock (0: none), and the attention heads. vector_dim: width of `Conditioning.vector`, 0 without one (SDXL
+    2816).
     """
 
     in_channels: int = 4
@@ -109,7 +111,7 @@ class UNet(nn.Module):
             down.append(Level(blocks, Downsample(out, symmetric=True) if level < last else None))
             if level < last:
                 skips.append(out)
-        self.down = nn.ModuleList(down)
+        self.down: Sequence[Level] = nn.ModuleList(down)  # type: ignore[assignment]
         self.mid = Middle(config)
         up = []
         for level, out in reversed(list(enumerate(channels))):
@@ -118,7 +120,7 @@ class UNet(nn.Module):
                 blocks.append(Block(config, width + skips.pop(), out, level))
                 width = out
             up.append(Level(blocks, Upsample(out) if level > 0 else None))
-        self.up = nn.ModuleList(up)
+        self.up: Sequence[Level] = nn.ModuleList(up)  # type: ignore[assignment]
         self.norm_out = norm(width, config.groups, eps=1e-5)
         self.conv_out = nn.Conv2d(width, config.out_channels, 3, padding=1)
         self._start_as_identity()
@@ -132,7 +134,7 @@ class UNet(nn.Module):
         nn.init.zeros_(self.conv_out.weight)
 
     def forward(self, z: Features, label: Sigma, cond: Conditioning) -> Features:
-        """z: (b, in_channels, h, w), h and w multiples of `config.factor`; label: (b,); returns (b, out_channels, h, w)."""
+        """z: (b, in_channels, h, w), h and w multiples of `config.factor`; label: (b,) -> (b, out_channels, h, w)."""
         time = self.time(sinusoid(label, self.config.channels[0]).to(z.dtype))
         if self.vector is not None:
             time = time + self.vector(cond.vector)

@@ -52,8 +52,8 @@ class TextConfig:
             raise ValueError(f"text width {self.width} is not divisible by heads {self.heads}")
         if not 1 <= self.layer <= self.layers:
             raise ValueError(f"layer {self.layer} must be between 1 and layers {self.layers}")
-        if not 514 < self.vocab_size <= FULL_VOCABULARY:
-            raise ValueError(f"vocab_size {self.vocab_size} must be above 514 and at most {FULL_VOCABULARY}")
+        if not self.vocab_size > 514:
+            raise ValueError(f"vocab_size {self.vocab_size} must be above 514: 512 letters, start and end")
         if self.size_ids not in (0, 5, 6) or (self.size_ids and not self.vector_width):
             raise ValueError(f"size_ids {self.size_ids} must be 0, or 5 or 6 beside a pooled projection")
         other = self.second
@@ -61,6 +61,11 @@ class TextConfig:
             other.second or (other.vocab_size, other.context_length) != (self.vocab_size, self.context_length)
         ):
             raise ValueError("the second tower must read the same tokens as the first, and have no second of its own")
+
+    @property
+    def end(self) -> int:
+        """The id of the end token; the start token stands before it, rows that a fine-tuning has added behind it."""
+        return min(self.vocab_size, FULL_VOCABULARY) - 1
 
     @property
     def states_width(self) -> int:
@@ -104,13 +109,13 @@ class Tokenizer:
 
     def __call__(self, prompts: Sequence[str]) -> tuple[TokenIds, list[int]]:
         """(b, context_length) ids, and how many tokens of each prompt did not fit and were cut off."""
-        length, (start, end) = self.config.context_length, (self.config.vocab_size - 2, self.config.vocab_size - 1)
+        length, end = self.config.context_length, self.config.end
         ids = torch.full((len(prompts), length), end if self.config.pad == "end" else 0)
         cut = []
         for row, prompt in zip(ids, prompts, strict=True):
             tokens = self.encode(prompt)
             cut.append(max(0, len(tokens) - (length - 2)))
-            tokens = [start, *tokens[: length - 2], end]
+            tokens = [end - 1, *tokens[: length - 2], end]
             row[: len(tokens)] = torch.tensor(tokens)
         return ids, cut
 
@@ -146,7 +151,7 @@ class Conditioner(nn.Module):
             more, pooled = _read(self.second, config.second, _pad(ids, config.second), layer)
             tokens = torch.cat([tokens, more], dim=2)
         if config.zero_empty:
-            filled = (ids[:, 1] != config.vocab_size - 1).to(tokens.dtype)
+            filled = (ids[:, 1] != config.end).to(tokens.dtype)
             tokens = tokens * filled[:, None, None]
             pooled = None if pooled is None else pooled * filled[:, None]
         if pooled is None or not config.size_ids:
@@ -210,6 +215,6 @@ def _read(tower: Any, config: TextConfig, ids: TokenIds, layer: int | None) -> t
 
 def _pad(ids: TokenIds, config: TextConfig) -> TokenIds:
     """The same tokens, filled up behind the first end token as another tower wants it."""
-    end = ids == config.vocab_size - 1
+    end = ids == config.end
     behind: Tensor = (end.cumsum(1) - end.int()) > 0
-    return ids.masked_fill(behind, config.vocab_size - 1 if config.pad == "end" else 0)
+    return ids.masked_fill(behind, config.end if config.pad == "end" else 0)
