@@ -250,7 +250,7 @@ def text_from(data: Json, where: str, template: TextConfig) -> TextConfig:
 
 def text_to(config: TextConfig, layers: int) -> Json:
     """CLIPTextModel's config for the first layers of a tower."""
-    end = config.vocab_size - 1
+    end = config.end
     return {
         "architectures": ["CLIPTextModelWithProjection" if config.projection else "CLIPTextModel"],
         "model_type": "clip_text_model",

@@ -20,7 +20,7 @@ from ldm.families import FAMILIES, Family, family_of, singlefile
 from ldm.families.family import Dialect, Layout, compvis_map, diffusers_map, text_of
 from ldm.families.folder import read_json, text_from, unet_from, vae_from
 from ldm.families.scheduler import sampling_from
-from ldm.text.tower import TextConfig
+from ldm.text.tower import FULL_VOCABULARY, TextConfig
 
 INDEX, EXTRA = "model_index.json", "extra.safetensors"
 OURS = native.EXTRA + "ldm."
@@ -161,8 +161,9 @@ def folder_spec(path: Path, configs: Mapping[str, dict[str, Any]]) -> tuple[Fami
         family = FAMILIES["sd2" if configs["text_encoder"].get("hidden_act") == "gelu" else "sd1"]
     towers = {}
     for tower in family.towers:
-        template = replace(tower.config(family.text), pad=_pad(path, tower.folder, tower.config(family.text)))
-        towers[tower.module] = text_from(configs[tower.folder], tower.folder, template)
+        template, data = tower.config(family.text), configs[tower.folder]
+        pad = _pad(path, tower.folder, template, data.get("vocab_size"))
+        towers[tower.module] = text_from(data, tower.folder, replace(template, pad=pad))
     backbone, vae = unet_from(configs["unet"]), vae_from(configs["vae"])
     try:
         text = singlefile.join(towers["tower"], towers.get("second"), family.text.size_ids, backbone.vector_dim)
@@ -256,9 +257,16 @@ def _dialect(part: str, tensors: Tensors) -> Dialect:
     return Dialect(legacy_attention=part == "vae" and "vae/encoder.mid_block.attentions.0.query.weight" in tensors)
 
 
-def _pad(path: Path, folder: str, template: TextConfig) -> Any:
-    """What the folder's tokenizer fills up with: `end`, or `zero` (its token 0 is an exclamation mark)."""
+def _pad(path: Path, folder: str, template: TextConfig, words: Any) -> Any:
+    """What the folder's tokenizer fills up with: `end`, or `zero` (its token 0 is an exclamation mark).
+
+    UserError where it is not CLIP's tokenizer, or its first merges: the same prompt would give other tokens.
+    """
     tokenizer = path / folder.replace("text_encoder", "tokenizer")
+    if (tokenizer / "vocab.json").is_file() and isinstance(words, int):
+        vocabulary, end = read_json(tokenizer / "vocab.json"), min(words, FULL_VOCABULARY) - 1
+        if (vocabulary.get("!"), vocabulary.get("<|endoftext|>")) != (0, end):
+            raise UserError(f"{tokenizer.name}: its vocabulary is not CLIP's {end + 1} words")
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
         if (tokenizer / name).is_file():
             token = read_json(tokenizer / name).get("pad_token")

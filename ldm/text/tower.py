@@ -48,7 +48,7 @@ class TextConfig:
     zero_empty: bool = False
 
     def __post_init__(self) -> None:
-        if self.width % self.heads:
+        if self.heads < 1 or self.width % self.heads:
             raise ValueError(f"text width {self.width} is not divisible by heads {self.heads}")
         if not 1 <= self.layer <= self.layers:
             raise ValueError(f"layer {self.layer} must be between 1 and layers {self.layers}")

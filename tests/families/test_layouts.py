@@ -210,6 +210,12 @@ def test_the_tokenizer_says_how_to_pad(folder: Path) -> None:
     assert load(folder).spec.text.pad == "zero"  # type: ignore[union-attr]
 
 
+def test_another_tokenizer_is_refused(folder: Path) -> None:
+    change(folder, "tokenizer/vocab.json", **{"<|endoftext|>": 3})
+    with pytest.raises(UserError, match="tokenizer: its vocabulary is not CLIP's 1000 words"):
+        load(folder)
+
+
 def test_settings_of_a_scheduler(folder: Path) -> None:
     place = "scheduler/scheduler_config.json"
     change(

@@ -44,6 +44,13 @@ def test_a_smaller_vocabulary_loses_nothing(small: Tokenizer) -> None:
     assert text.strip() == "a lighthouse by the sea"
 
 
+def test_rows_that_a_fine_tuning_added_change_no_token() -> None:
+    wider = TextConfig(**{**vars(TINY), "vocab_size": 49411})
+    plain = TextConfig(**{**vars(TINY), "vocab_size": 49408})
+    assert torch.equal(Tokenizer(wider)(PROMPTS)[0], Tokenizer(plain)(PROMPTS)[0])
+    assert wider.end == 49407
+
+
 def test_what_does_not_fit_is_counted(small: Tokenizer) -> None:
     long = "zebra " * 30
     ids, cut = small(["a", long])
