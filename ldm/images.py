@@ -12,8 +12,8 @@ from PIL import Image as Pillow
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
-from ldm.checkpoints.files import atomic_write
 from ldm.errors import UserError
+from ldm.files import replacing
 from ldm.shapes import Image
 
 Pixels = UInt8[Tensor, "b h w 3"]
@@ -82,13 +82,10 @@ def save_next(data: bytes, into: Path, prefix: str = "", digits: int = 5) -> Pat
         while True:
             path = into / f"{prefix}{number:0{digits}d}.png"
             try:
-                atomic_write(path, lambda temporary: _write(temporary, data), replace=False)
+                with replacing(path, replace=False) as temporary:
+                    temporary.write_bytes(data)
                 return path
             except FileExistsError:  # somebody else took the number meanwhile
                 number += 1
     except OSError as error:
         raise UserError(f"cannot write a picture to {str(into)!r}: {error.strerror}") from None
-
-
-def _write(path: Path, data: bytes) -> None:
-    path.write_bytes(data)

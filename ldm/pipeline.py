@@ -14,13 +14,13 @@ from typing import NamedTuple
 import torch
 
 from ldm.checkpoints import native
-from ldm.checkpoints.files import digest
 from ldm.diffusion.guidance import cfg
 from ldm.diffusion.noise import SeededNoise
 from ldm.diffusion.samplers import Step, find_sampler
 from ldm.errors import UserError, nearest
 from ldm.families.load import load as load_model
 from ldm.families.source import INDEX
+from ldm.files import digest
 from ldm.recipe import Made, Recipe, Request, versions
 from ldm.shapes import Image, Latent
 

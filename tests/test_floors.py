@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FLOORS = (
-    {"shapes", "errors", "config", "conditioning"},
+    {"shapes", "errors", "config", "conditioning", "files"},
     {"diffusion", "models", "data"},
     {"text", "adapters"},
     {"checkpoints"},

@@ -1,10 +1,7 @@
-"""Writing so that a file is whole or absent, and reading safetensors so that a broken one is one clear line."""
+"""Reading safetensors so that a broken file is one clear line."""
 
-import hashlib
-import os
-import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -16,57 +13,6 @@ from ldm.checkpoints.integrity import Entry, Header, read_header
 from ldm.errors import UserError
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-
-
-def atomic_write(path: Path, write: Callable[[Path], None], *, replace: bool = True) -> None:
-    """Let `write` fill a temporary file beside `path`, flush it to disk, then give it its name in one step.
-
-    replace=False: FileExistsError where the name is taken (the other file stays as it is).
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        write(temporary)
-        temporary.chmod(0o666 & ~_umask())  # temporary files are private; what the user asked for is not
-        _flush(temporary)
-        if replace:
-            os.replace(temporary, path)
-        else:
-            os.link(temporary, path)
-        _flush(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _umask() -> int:
-    current = os.umask(0)
-    os.umask(current)
-    return current
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def sha256(path: Path) -> str:
-    """Hex digest of a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def digest(path: Path) -> str:
-    """The sha256 of a file; of a folder, that of the names and hashes of the files in it and in its parts."""
-    if path.is_file():
-        return sha256(path)
-    files = sorted(file for file in path.glob("**/*") if file.is_file())
-    listed = "".join(f"{file.relative_to(path)} {sha256(file)}\n" for file in files)
-    return hashlib.sha256(listed.encode()).hexdigest()
 
 
 class SafeFile:

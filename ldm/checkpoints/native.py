@@ -15,13 +15,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ldm import config
-from ldm.checkpoints.files import SafeFile, Tensors, atomic_write, brief, open_safetensors
+from ldm.checkpoints.files import SafeFile, Tensors, brief, open_safetensors
 from ldm.checkpoints.integrity import FLOATS, Entry, read_header
 from ldm.checkpoints.keymap import KeyMap, refuse
 from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.predictions import PREDICTIONS
 from ldm.diffusion.schedules import Schedule, ScheduleConfig, make_schedule
 from ldm.errors import UserError
+from ldm.files import replacing
 from ldm.models.autoencoder import Autoencoder, AutoencoderConfig
 from ldm.models.taesd import TinyAutoencoder
 from ldm.models.unet import UNet, UNetConfig
@@ -128,7 +129,8 @@ def write(path: Path | str, spec: ModelSpec, tensors: Mapping[str, Tensor]) -> N
     """Write a model's tensors as they are, under a spec."""
     metadata = {"format": FORMAT, "version": VERSION, SPEC: json.dumps(config.to_dict(spec))}
     ready = {name: value.contiguous() for name, value in tensors.items()}
-    atomic_write(Path(path), lambda temporary: save_file(ready, temporary, metadata))
+    with replacing(Path(path)) as temporary:
+        save_file(ready, temporary, metadata)
 
 
 def read_spec(path: Path | str) -> ModelSpec:

@@ -11,8 +11,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from ldm.checkpoints.files import atomic_write
 from ldm.errors import UserError
+from ldm.files import replacing
 
 SUFFIXES = (".ckpt", ".bin", ".pt", ".pth")
 PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")
@@ -62,8 +62,7 @@ def is_pickled(path: Path) -> bool:
 
 def to_safetensors(path: Path, out: Path) -> None:
     """Write the tensors of a pickled file as safetensors. UserError, one line, where it holds anything else."""
-
-    def write(temporary: Path) -> None:
+    with replacing(out) as temporary:
         command = [sys.executable, "-I", "-c", _CHILD, str(path.resolve()), str(temporary)]
         environment = {name: os.environ[name] for name in ("PATH", "LD_LIBRARY_PATH", "HOME") if name in os.environ}
         try:
@@ -76,8 +75,6 @@ def to_safetensors(path: Path, out: Path) -> None:
             raise UserError(
                 f"{str(path)!r} is not a file of weights alone, and nothing in it was run: {reason.strip()[:200]}"
             )
-
-    atomic_write(out, write)
 
 
 def unpacked(path: Path, scratch: Path) -> Path:

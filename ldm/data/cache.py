@@ -16,8 +16,9 @@ from torch import Tensor
 
 from ldm.data.dataset import CAPTION, FLIP, Batch, InTurn, ShardDataset, Stream, Tokenize, loader
 from ldm.data.order import locate
-from ldm.data.shards import Shards, replacing
+from ldm.data.shards import Shards
 from ldm.errors import UserError
+from ldm.files import replacing
 
 Posterior = tuple[Float[Tensor, "b c h w"], Float[Tensor, "b c h w"]]
 Encode = Callable[[UInt8[Tensor, "b 3 h w"]], Posterior]  # images in 0..255 -> mean, deviation

@@ -28,9 +28,10 @@ from PIL import Image
 from ldm.data.captions import own_captions, read_templates
 from ldm.data.images import FORMATS, decode, has_alpha
 from ldm.data.report import count
-from ldm.data.shards import Entry, sha256, write_json, write_manifest, write_shard
+from ldm.data.shards import Entry, write_manifest, write_shard
 from ldm.data.sources import Raw, Source, open_sources
 from ldm.errors import UserError, nearest
+from ldm.files import sha256, write_json
 
 MAX_ASPECT = 4.0
 _SUFFIX = {"WEBP": "webp", "JPEG": "jpg", "PNG": "png"}

@@ -7,18 +7,17 @@ its members; samples are then read with `pread`, in any order.
 
 import dataclasses
 import functools
-import hashlib
 import io
 import json
 import os
 import tarfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from ldm.errors import UserError
+from ldm.files import replacing, sha256, write_json
 
 IMAGES = ("webp", "png", "jpg", "jpeg")
 MEMBERS = frozenset((*IMAGES, "txt", "json"))
@@ -78,22 +77,6 @@ def _in_folder(folder: Path) -> list[Path]:
     return [folder / name for name in read_manifest(folder)] or sorted(folder.glob("*.tar"))
 
 
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary name beside `path`, which becomes `path`, safely on disk, when the block ends well, and else goes."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # two ranks may write the same cache
-    try:
-        yield temporary
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        os.fsync(folder)  # the new name itself
-        os.close(folder)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def write_shard(path: Path, samples: Iterable[tuple[str, Mapping[str, bytes]]]) -> Entry:
     """Write (key, {extension: bytes}) samples as a tar whose bytes depend on nothing else, whole or not at all."""
     count = 0
@@ -107,18 +90,6 @@ def write_shard(path: Path, samples: Iterable[tuple[str, Mapping[str, bytes]]]) 
                     tar.addfile(member, io.BytesIO(data))
         size, digest = temporary.stat().st_size, sha256(temporary)
     return Entry(path.name, count, size, digest)
-
-
-def sha256(path: Path) -> str:
-    """Hexadecimal sha256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def write_json(path: Path, data: Any) -> None:
-    """Write JSON, whole or not at all."""
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n")
 
 
 def write_manifest(folder: Path, entries: Sequence[Entry]) -> None:

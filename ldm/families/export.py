@@ -5,7 +5,6 @@ What a layout cannot hold is kept beside it under `extra.`, so that the way back
 
 import json
 import tempfile
-from collections.abc import Mapping
 from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
@@ -16,13 +15,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ldm import config
-from ldm.checkpoints.files import atomic_write
 from ldm.checkpoints.native import EXTRA, Model, ModelSpec
 from ldm.errors import UserError
 from ldm.families import Family, family_of
 from ldm.families.family import Dialect, compvis_map, diffusers_map, shown_layers, text_of
 from ldm.families.folder import one_scale, single_scale, text_to, unet_to, vae_to
 from ldm.families.scheduler import sampling_to
+from ldm.files import replacing, write_json
 from ldm.models.autoencoder import AutoencoderConfig
 from ldm.text.tower import TextConfig, Tokenizer
 
@@ -46,7 +45,8 @@ def to_compvis(path: Path, model: Model, weights: Weights, extras: Weights) -> N
     keymap = compvis_map(family, model, dialects(model.spec).get("compvis", Dialect()))
     foreign = _foreign(keymap.save(weights), extras, "compvis")
     metadata = {"format": "pt", "ldm.spec": spec_text(model.spec)}
-    atomic_write(path, lambda temporary: save_file(foreign, temporary, metadata))
+    with replacing(path) as temporary:
+        save_file(foreign, temporary, metadata)
 
 
 def to_diffusers(path: Path, model: Model, weights: Weights, extras: Weights) -> None:
@@ -77,7 +77,7 @@ def to_diffusers(path: Path, model: Model, weights: Weights, extras: Weights) ->
     with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as temporary:
         root = Path(temporary) / path.name
         for name, data in files.items():
-            _write_json(root / name, data)
+            write_json(root / name, data)
         for part, tensors in parts.items():
             base = "diffusion_pytorch_model" if part in ("unet", "vae") else "model"
             _write(root / part / f"{base}.safetensors", tensors, {"format": "pt"})
@@ -181,19 +181,14 @@ def _write_tokenizer(folder: Path, text: TextConfig) -> None:
     words = [*tokenizer.words[:-2], start, end]
     pad = end if text.pad == "end" else "!"
     special = {"bos_token": start, "eos_token": end, "unk_token": end, "pad_token": pad}
-    _write_json(folder / "vocab.json", {word: i for i, word in enumerate(words)})
-    _write_json(folder / "special_tokens_map.json", special)
+    write_json(folder / "vocab.json", {word: i for i, word in enumerate(words)})
+    write_json(folder / "special_tokens_map.json", special)
     about = {"tokenizer_class": "CLIPTokenizer", "model_max_length": text.context_length, "do_lower_case": True}
-    _write_json(folder / "tokenizer_config.json", special | about)
+    write_json(folder / "tokenizer_config.json", special | about)
     merges = ["#version: 0.2", *(" ".join(pair) for pair in tokenizer.merges), ""]
     (folder / "merges.txt").write_text("\n".join(merges), encoding="utf-8")
 
 
-def _write_json(path: Path, data: Mapping[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
 def _write(path: Path, tensors: Weights, metadata: dict[str, str]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    atomic_write(path, lambda temporary: save_file(tensors, temporary, metadata))
+    with replacing(path) as temporary:
+        save_file(tensors, temporary, metadata)

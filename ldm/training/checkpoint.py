@@ -5,7 +5,6 @@ gets its name. Nothing is pickled. A damaged checkpoint is put aside, loudly, an
 """
 
 import json
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -15,8 +14,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ldm.checkpoints.files import sha256
 from ldm.errors import UserError
+from ldm.files import flush, sha256
 
 TENSORS, STATE, MANIFEST = "state.safetensors", "state.json", "manifest.json"
 Saved = tuple[dict[str, Tensor], dict[str, Any]]
@@ -33,7 +32,7 @@ def write(folder: Path, step: int, saved: Saved, keep: int) -> Path:
         if target.exists():
             shutil.rmtree(target)
         partial.rename(target)
-        _flush(folder)
+        flush(folder)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise UserError(f"cannot write the checkpoint {str(target)!r}: {error}") from None
@@ -51,7 +50,7 @@ def _fill(partial: Path, saved: Saved) -> None:
     digests = {name: sha256(partial / name) for name in (TENSORS, STATE)}
     (partial / MANIFEST).write_text(json.dumps(digests, indent=1))
     for path in (*partial.iterdir(), partial):
-        _flush(path)
+        flush(path)
 
 
 def complete(folder: Path) -> list[Path]:
@@ -89,11 +88,3 @@ def _fault(path: Path) -> str | None:
     except (OSError, ValueError, KeyError, TypeError) as error:
         return f"{type(error).__name__}: {error}"
     return None
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from ldm import config, images
-from ldm.checkpoints.files import atomic_write
 from ldm.errors import UserError
+from ldm.files import replacing
 from ldm.shapes import Image
 
 # What may change between two starts of one run: it moves no weight, save `steps`, which says how far to go.
@@ -33,8 +33,8 @@ class RunFolder:
             raise UserError(f"cannot make the run folder {str(path)!r}: {error.strerror}") from None
 
     def write_config(self, settings: Any) -> None:
-        text = config.dump(settings)
-        atomic_write(self.path / "config.yaml", lambda temporary: _text(temporary, text))
+        with replacing(self.path / "config.yaml") as temporary:
+            temporary.write_text(config.dump(settings))
 
     def start_log(self, step: int) -> None:
         """Forget what was logged after `step`: it will be done again."""
@@ -45,7 +45,8 @@ class RunFolder:
                     kept.append(line + "\n")
             except (ValueError, KeyError, TypeError):
                 break  # cut short when the process died
-        atomic_write(self.log, lambda temporary: _text(temporary, "".join(kept)))
+        with replacing(self.log) as temporary:
+            temporary.write_text("".join(kept))
 
     def write_log(self, record: dict[str, Any]) -> None:
         with self.log.open("a") as file:
@@ -53,7 +54,8 @@ class RunFolder:
 
     def write_sample(self, step: int, pictures: Image, columns: int) -> None:
         sheet = images.grid(images.to_pixels(pictures), columns)[0]
-        atomic_write(self.path / "samples" / f"{step:08d}.png", lambda temporary: _bytes(temporary, images.png(sheet)))
+        with replacing(self.path / "samples" / f"{step:08d}.png") as temporary:
+            temporary.write_bytes(images.png(sheet))
 
 
 def check_same(settings: Any, before: dict[str, Any], path: Path) -> None:
@@ -73,11 +75,3 @@ def _flat(data: Any, where: str = "") -> dict[str, Any]:
     if not isinstance(data, dict):
         return {where: data}
     return {k: v for name, value in data.items() for k, v in _flat(value, f"{where}.{name}" if where else name).items()}
-
-
-def _text(path: Path, text: str) -> None:
-    path.write_text(text)
-
-
-def _bytes(path: Path, data: bytes) -> None:
-    path.write_bytes(data)

@@ -10,7 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from ldm.checkpoints import files, native
+from ldm.checkpoints import native
 from ldm.checkpoints.native import ModelSpec
 from ldm.errors import UserError
 from ldm.models.autoencoder import AutoencoderConfig
@@ -154,15 +154,3 @@ def test_a_failing_writer_leaves_the_old_file(file: Path, monkeypatch: pytest.Mo
         native.save(file, SPEC, {"autoencoder": nn.Identity()})
     assert file.read_bytes() == before
     assert [p.name for p in file.parent.iterdir()] == [file.name]
-
-
-def test_a_written_file_can_be_read_by_others(file: Path) -> None:
-    assert file.stat().st_mode & 0o777 == 0o666 & ~files._umask()
-
-
-def test_a_taken_name_is_kept_where_asked(tmp_path: Path) -> None:
-    path = tmp_path / "a"
-    files.atomic_write(path, lambda p: p.write_text("first") and None)
-    with pytest.raises(FileExistsError):
-        files.atomic_write(path, lambda p: p.write_text("second") and None, replace=False)
-    assert path.read_text() == "first" and len(list(tmp_path.iterdir())) == 1

@@ -9,8 +9,9 @@ import pytest
 from PIL import Image
 
 from ldm.data.prepare import PrepareConfig, fit, per_source, prepare
-from ldm.data.shards import Shards, read_manifest, sha256
+from ldm.data.shards import Shards, read_manifest
 from ldm.errors import UserError
+from ldm.files import sha256
 
 
 @pytest.fixture

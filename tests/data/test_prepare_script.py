@@ -10,7 +10,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from ldm.data.shards import Shards, sha256
+from ldm.data.shards import Shards
+from ldm.files import sha256
 
 SCRIPT = str(Path(__file__).parents[2] / "scripts/prepare_data.py")
 

@@ -11,7 +11,6 @@ from jaxtyping import UInt8
 from torch import Tensor, nn
 
 from ldm.checkpoints import native
-from ldm.checkpoints.files import sha256
 from ldm.conditioning import Conditioning
 from ldm.data.cache import CachedDataset, cache_latents
 from ldm.data.dataset import Dataset, open_dataset, to_image
@@ -23,6 +22,7 @@ from ldm.diffusion.predictions import PREDICTIONS
 from ldm.diffusion.samplers import find_sampler
 from ldm.diffusion.schedules import make_schedule
 from ldm.errors import UserError
+from ldm.files import sha256
 from ldm.models.autoencoder import AutoencoderConfig
 from ldm.models.unet import UNet
 from ldm.shapes import Image, Latent, TokenIds

@@ -1,0 +1,67 @@
+"""Files that are whole or absent: a temporary name, a flush to the disk, one rename. And their digests."""
+
+import hashlib
+import json
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+
+@contextmanager
+def replacing(path: Path, *, replace: bool = True) -> Iterator[Path]:
+    """A temporary name beside `path`, which becomes `path`, safely on disk, when the block ends well, and else goes.
+
+    replace=False: FileExistsError where the name is taken (the other file stays as it is).
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")  # others may be writing the same file
+    try:
+        yield temporary
+        temporary.chmod(0o666 & ~_umask())  # safetensors writes for the owner's eyes alone
+        flush(temporary)
+        if replace:
+            temporary.replace(path)
+        else:
+            os.link(temporary, path)
+        flush(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    current = os.umask(0)
+    os.umask(current)
+    return current
+
+
+def flush(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Write JSON, whole or not at all."""
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n")
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def digest(path: Path) -> str:
+    """The sha256 of a file; of a folder, that of the names and hashes of the files in it and in its parts."""
+    if path.is_file():
+        return sha256(path)
+    files = sorted(file for file in path.glob("**/*") if file.is_file())
+    listed = "".join(f"{file.relative_to(path)} {sha256(file)}\n" for file in files)
+    return hashlib.sha256(listed.encode()).hexdigest()
