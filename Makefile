@@ -41,6 +41,7 @@ clean:
 
 .venv/.installed-dev: requirements-dev.txt .venv/.installed
 	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps k-diffusion==0.1.1.post1
 	@touch $@
 
 .PHONY: weights corpus
