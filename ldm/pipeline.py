@@ -7,6 +7,7 @@ image = pipeline.txt2img(Request("a red apple", seed=1))  # (1, 3, h, w) in [-1,
 import copy
 import math
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -85,8 +86,10 @@ def load(model: str = EMBEDDED, device: str = "auto", precision: str = "auto", v
     """
     path = find(model)
     where, precision = choose(device, precision)
-    loaded = load_model(path, where, PRECISIONS[precision], Path(vae) if vae else None)
-    made = Made(path.stem, digest(path), str(where), precision, versions(), torch.get_num_threads())
+    with ThreadPoolExecutor(1) as beside:  # the digest of gigabytes takes as long as reading them
+        digested = beside.submit(digest, path)
+        loaded = load_model(path, where, PRECISIONS[precision], Path(vae) if vae else None)
+    made = Made(path.stem, digested.result(), str(where), precision, versions(), torch.get_num_threads())
     made = replace(made, vae=Path(vae).stem)
     return Pipeline(loaded, made)
 

@@ -3,6 +3,8 @@
 The UNet's blocks are numbered through, levels and resampling alike; the numbers are generated from the config.
 """
 
+import re
+
 from torch import nn
 
 from ldm.checkpoints.keymap import KeyMap, Rules, by_rules, linear
@@ -50,10 +52,13 @@ def unet(module: nn.Module, config: UNetConfig) -> KeyMap:
             number += 1
         behind = 2 if config.depth[level] else 1
         places.append((f"up.{step}.resample", f"output_blocks.{number - 1}.{behind}"))
-    names = by_rules(module, places, [])
-    for found, leaves in ((residual, _LEAVES), (attention, _TRANSFORMER)):
-        renamed = by_rules(module, found, leaves)
-        names |= {ours: renamed[ours] for ours in names if any(ours.startswith(place + ".") for place, _ in found)}
+    names = by_rules(module, places + residual + attention, [])
+    in_residual = re.compile(r"(down|up)\.\d+\.blocks\.\d+\.res\.|mid\.res\d\.")
+    in_attention = re.compile(r"(down|up)\.\d+\.blocks\.\d+\.attn\.|mid\.attn\.")
+    for part, leaves in ((in_residual, _LEAVES), (in_attention, _TRANSFORMER)):
+        for ours in filter(part.match, names):
+            for pattern, replacement in leaves:
+                names[ours] = (re.sub(pattern, replacement, names[ours][0]),)
     return KeyMap(names)
 
 

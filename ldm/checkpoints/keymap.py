@@ -98,14 +98,17 @@ def refuse(**faults: Iterable[str]) -> None:
 
 
 def by_rules(module: nn.Module, places: Rules, leaves: Rules) -> dict[str, tuple[str, ...]]:
-    """Name each tensor of a module: its place by the first prefix that fits, what follows by the leaf rules."""
+    """Name each tensor of a module: its place by the longest prefix that fits, what follows by the leaf rules."""
+    known = dict(places)
     names: dict[str, tuple[str, ...]] = {}
     for ours in module.state_dict():
-        place, foreign = next((p for p in places if ours.startswith(p[0] + ".")), ("", ""))
+        place = ours
+        while place and place not in known:
+            place = place.rpartition(".")[0]
         rest = ours[len(place) :]
         for pattern, replacement in leaves:
             rest = re.sub(pattern, replacement, rest)
-        names[ours] = (foreign + rest,)
+        names[ours] = (known.get(place, "") + rest,)
     return names
 
 
