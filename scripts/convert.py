@@ -16,7 +16,7 @@ FLAGS = Parser(__doc__)
 FLAGS.add_argument("model", help="a packaged model's name, a file, or a diffusers folder; .ckpt and .bin too")
 FLAGS.add_argument("out", type=Path, help="the file or folder to write")
 FLAGS.add_argument("--to", required=True, choices=("ldm", "diffusers", "compvis"), help="the layout to write")
-FLAGS.add_argument("--dtype", choices=("fp16", "bf16", "fp32"), help="of every weight (as they are)")
+FLAGS.add_argument("--dtype", choices=("fp16", "bf16", "fp32", "int8"), help="of weights (as they are); int8: ldm only")
 
 
 @script
@@ -27,10 +27,9 @@ def main() -> None:
     from ldm.checkpoints import pickled
     from ldm.families.convert import convert
 
-    dtype = pipeline.PRECISIONS[args.dtype] if args.dtype else None
     with tempfile.TemporaryDirectory(prefix=".convert.", dir=pickled.room(args.out)) as scratch:
         safe = pickled.unpacked(pipeline.find(args.model), Path(scratch))
-        convert(safe, args.out, args.to, dtype)
+        convert(safe, args.out, args.to, args.dtype)
     print(args.out)
 
 

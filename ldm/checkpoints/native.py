@@ -118,11 +118,13 @@ def save(path: Path | str, spec: ModelSpec, modules: dict[str, nn.Module], stora
 
     int8 keeps the large matrices as int8 with one fp32 scale a row (1/4 of fp32) and the rest in fp16.
     """
-    tensors: dict[str, Tensor] = {}
-    for prefix, module in modules.items():
-        for name, value in module.state_dict().items():
-            tensors |= _pack(f"{prefix}.{name}", value.detach().cpu(), storage)
-    write(path, spec, tensors)
+    weights = {f"{prefix}.{name}": v for prefix, m in modules.items() for name, v in m.state_dict().items()}
+    write(path, spec, pack(weights, storage))
+
+
+def pack(weights: Mapping[str, Tensor], storage: Storage) -> dict[str, Tensor]:
+    """Weights as they are stored: on the CPU and in the type asked for, int8 with its scales beside it."""
+    return {n: v for name, value in weights.items() for n, v in _pack(name, value.detach().cpu(), storage).items()}
 
 
 def write(path: Path | str, spec: ModelSpec, tensors: Mapping[str, Tensor]) -> None:

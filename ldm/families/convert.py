@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from ldm.checkpoints import native
@@ -14,11 +13,14 @@ from ldm.families.family import Layout
 from ldm.families.source import Source, open_model
 
 
-def convert(path: Path, out: Path, to: Layout, dtype: torch.dtype | None = None) -> None:
-    """Write the model at `path` to `out` in another layout, or the same; dtype: of every weight, None as they are.
+def convert(path: Path, out: Path, to: Layout, storage: native.Storage | None = None) -> None:
+    """Write the model at `path` to `out` in another layout, or the same; storage: of every weight, None as they are.
 
-    UserError where the model is broken, or the layout cannot hold it. Tensors that no network needs go along.
+    UserError where the model is broken, or the layout cannot hold it (int8: only ours can). Tensors that no network
+    needs go along.
     """
+    if storage == "int8" and to != "ldm":
+        raise UserError(f"int8 weights are of our own layout: write them --to ldm, or {to} as fp16")
     if out.exists() and (to == "diffusers" or out.is_dir()):
         raise UserError(f"{str(out)!r} is there already: give a new name")
     with open_model(path) as source:
@@ -26,7 +28,7 @@ def convert(path: Path, out: Path, to: Layout, dtype: torch.dtype | None = None)
         shapes = source.model.shapes()
         weights = {ours: source.keymap.tensor(ours, source.tensors, shapes[ours]) for ours in shapes}
         refuse(**{"not finite": {name for name, value in weights.items() if not native.finite(value)}})
-        weights = {name: value.to(dtype or value.dtype) for name, value in weights.items()}
+        weights = native.pack(weights, storage) if storage else weights
         extras = _extras(source)
         if to == "ldm":
             native.write(out, source.spec, weights | extras)

@@ -34,6 +34,16 @@ def test_dtype_and_layout(folders: dict[str, Path], tmp_path: Path, monkeypatch:
         assert all(torch.equal(value, other[n].half().float()) for n, value in module.state_dict().items())
 
 
+def test_int8_is_our_own(folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(monkeypatch, folders["sd1"], tmp_path / "small", "--to", "ldm", "--dtype", "int8")
+    small, whole = load(tmp_path / "small"), load(folders["sd1"])
+    assert torch.int8 in {value.dtype for value in load_file(tmp_path / "small").values()}
+    for prefix, module in small.modules.items():
+        other = whole.modules[prefix].state_dict()
+        for name, value in module.state_dict().items():
+            assert (value - other[name]).abs().max() <= other[name].abs().max() / 250
+
+
 def test_complaints_are_one_line(
     folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -48,6 +58,7 @@ def test_complaints_are_one_line(
         (tmp_path / "text", tmp_path / "out", "--to", "ldm"),
         (tmp_path / "vae", tmp_path / "out", "--to", "diffusers"),
         (folders["sd1"], tmp_path / "out", "--to", "onnx"),
+        (folders["sd1"], tmp_path / "out", "--to", "compvis", "--dtype", "int8"),
         (folders["sd1"], tmp_path / "vae", "--to", "diffusers"),
     ):
         with pytest.raises(SystemExit) as caught:

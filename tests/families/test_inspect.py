@@ -40,7 +40,7 @@ def test_families_are_named(folders: dict[str, Path], name: str, words: str) -> 
 
 def test_layouts_are_named(folders: dict[str, Path], tmp_path: Path) -> None:
     convert(folders["sd2"], tmp_path / "single", "compvis")
-    convert(folders["sd2"], tmp_path / "ours", "ldm", torch.float16)
+    convert(folders["sd2"], tmp_path / "ours", "ldm", "fp16")
     assert "our own file; Stable Diffusion 2" in describe(tmp_path / "ours")[0]
     assert "F16" in describe(tmp_path / "ours")[1]
     save_file(load_file(tmp_path / "single") | {"betas": torch.ones(3)}, tmp_path / "foreign")

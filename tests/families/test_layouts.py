@@ -68,7 +68,7 @@ def test_folder_to_all_and_back(folders: dict[str, Path], name: str, tmp_path: P
 
 @pytest.mark.parametrize("name", ["sd1", "sd2", "sdxl"])
 def test_single_file_to_all_and_back(folders: dict[str, Path], name: str, tmp_path: Path) -> None:
-    convert(folders[name], tmp_path / "written", "compvis", torch.float16)
+    convert(folders[name], tmp_path / "written", "compvis", "fp16")
     single = foreign(tmp_path / "written", tmp_path / "single")
     convert(single, tmp_path / "folder", "diffusers")
     convert(tmp_path / "folder", tmp_path / "ours", "ldm")
