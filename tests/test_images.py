@@ -7,8 +7,7 @@ import pytest
 import torch
 from PIL import Image as Pillow
 
-from ldm import images
-from ldm.checkpoints import files
+from ldm import files, images
 from ldm.errors import UserError
 
 RED = torch.tensor([[[255, 0, 0]]], dtype=torch.uint8).expand(4, 6, 3)

@@ -60,7 +60,7 @@ def test_errors_are_one_line(assets, tmp_path, arguments, message):
 @pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGINT])
 def test_ended_and_run_again(assets, tmp_path, end):
     """Big PNGs are slow enough to be caught in the middle."""
-    flags = shlex.split("--size 256 --format png --limit-per-source 40 --shard-size 4 --workers 2")
+    flags = shlex.split("--size 512 --format png --limit-per-source 40 --shard-size 2 --workers 2")
     process = subprocess.Popen(command(assets, "--out", str(tmp_path / "a"), *flags), stderr=subprocess.PIPE)
     limit = time.monotonic() + 30
     while not list(tmp_path.glob("a/*.tar")) and time.monotonic() < limit:
@@ -74,4 +74,4 @@ def test_ended_and_run_again(assets, tmp_path, end):
         subprocess.run(command(assets, "--out", str(tmp_path / out), *flags), capture_output=True, check=True)
     one, two = ({p.name: sha256(p) for p in (tmp_path / out).iterdir()} for out in "ab")
     assert one == two
-    assert len(one) == 10 * 2 + 3
+    assert len(one) == 20 * 2 + 3
