@@ -270,14 +270,15 @@ def spec_of(metadata: Mapping[str, str], path: Path) -> ModelSpec:
         raise UserError(f"{str(path)!r} is a safetensors file but not an ldm model (its metadata does not say so)")
     if metadata.get("version") != VERSION:
         raise UserError(f"{str(path)!r} has format version {metadata.get('version')}, this program reads {VERSION}")
-    return read_spec_json(metadata.get(SPEC, ""), path)
+    try:
+        return read_spec_json(metadata.get(SPEC, ""))
+    except UserError as error:
+        raise UserError(f"{str(path)!r}: {error}") from None
 
 
-def read_spec_json(text: str, path: Path) -> ModelSpec:
-    """A spec from its JSON. UserError, naming the file it came from."""
+def read_spec_json(text: str) -> ModelSpec:
+    """A spec from its JSON. UserError where it is none."""
     try:
         return config.from_dict(ModelSpec, json.loads(text))
     except (json.JSONDecodeError, RecursionError, TypeError) as error:
-        raise UserError(f"{str(path)!r} has no readable spec in its metadata: {error}") from None
-    except UserError as error:
-        raise UserError(f"{str(path)!r}: {error}") from None
+        raise UserError(f"no readable spec in its metadata: {error}") from None

@@ -78,7 +78,7 @@ def unet_from(data: Json) -> UNetConfig:
     known = {"CrossAttnDownBlock2D": "CrossAttnUpBlock2D", "DownBlock2D": "UpBlock2D"}
     attends = [kind == "CrossAttnDownBlock2D" for kind in types] if _strings(types) else []
     up = [known.get(kind) for kind in reversed(types)] if attends else []
-    if None in up or len(attends) != levels or list(data.get("up_block_types", up)) != up:
+    if None in up or len(attends) != levels or data.get("up_block_types", up) != up:
         raise UserError(f"unet: its blocks {types} and {data.get('up_block_types')} are not those of a UNet known here")
     blocks = set(_numbers(data, "layers_per_block", (2,)))
     if len(blocks) != 1:

@@ -86,7 +86,7 @@ def _single(file: SafeFile) -> Source:
         raise UserError(f"{str(file.path)!r} is {kind(shapes)}: --model takes a whole model")
     try:
         stated = file.metadata.get("ldm.spec")
-        spec = native.read_spec_json(stated, file.path) if stated else singlefile.infer(family, shapes, file.metadata)
+        spec = native.read_spec_json(stated) if stated else singlefile.infer(family, shapes, file.metadata)
     except UserError as error:
         raise UserError(f"{str(file.path)!r}: {error}") from None
     guessed = not stated and len(family.sides) > 1 and singlefile.stated_prediction(shapes, file.metadata) is None
@@ -117,7 +117,7 @@ def _folder(path: Path, stack: ExitStack) -> Source:
     except UserError as error:
         raise UserError(f"{str(path)!r}: {error}") from None
     if stated is not None:
-        own = native.read_spec_json(stated, path / EXTRA)
+        own = native.read_spec_json(stated)
         # The config.json files have the last word: what we wrote beside them counts while they still say the same.
         spec = own if same_configs(own, configs, family) else spec
     unusual = {part: asdict(dialect) for part, dialect in dialects.items() if dialect != Dialect()}

@@ -198,6 +198,12 @@ def _tower(config: TextConfig) -> Any:
 
 def _read(tower: Any, config: TextConfig, ids: TokenIds, layer: int | None) -> tuple[Tokens, Vector | None]:
     """Hidden states of the layer asked for, and the projected last state of the end token where the config has it."""
+    half = tower.positional_embedding.dtype in (torch.bfloat16, torch.float16)
+    if half and ids.device.type == "cpu" and len(ids) > 1:
+        # torch's attention swaps the first two axes before it projects; in half precision on the CPU a projection of more
+        # than one row then takes a path a hundred times as slow.
+        tokens, pooled = zip(*(_read(tower, config, row, layer) for row in ids.split(1)), strict=True)
+        return torch.cat(tokens), None if pooled[0] is None else torch.cat(pooled)
     layer = config.layer if layer is None else layer
     if not 1 <= layer <= config.layers:
         raise ValueError(f"layer {layer} must be between 1 and layers {config.layers}")

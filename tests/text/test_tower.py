@@ -72,6 +72,15 @@ def test_states_follow_layer_and_norm() -> None:
     assert torch.allclose(norm, towers[2, True], atol=1e-5)
 
 
+def test_half_precision_reads_one_row_at_a_time() -> None:
+    conditioner = Conditioner(TextConfig(**{**vars(TINY), "projection": 8})).to(torch.bfloat16).eval()
+    ids = conditioner.tokenize(["a red apple", "two blue sofas"])
+    with torch.no_grad():
+        both, one = conditioner.encode(ids), conditioner.encode(ids[1:])
+    assert both.vector is not None and one.vector is not None
+    assert torch.equal(both.tokens[1:], one.tokens) and torch.equal(both.vector[1:], one.vector)
+
+
 def test_attention_is_causal() -> None:
     conditioner = Conditioner(TINY).eval()
     ids = conditioner.tokenize(["a red apple"])
