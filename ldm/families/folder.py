@@ -186,6 +186,10 @@ def vae_from(data: Json) -> AutoencoderConfig:
 def vae_to(config: AutoencoderConfig, side: int, *, upcast: bool) -> Json:
     """The config of an autoencoder whose latents have one scale (`fold` sees to that)."""
     levels = len(config.channels)
+    if config.patch != 1:
+        raise UserError(
+            f"diffusers' autoencoders see single pixels, this one patches of {config.patch}: it has no such layout"
+        )
     if config.decoder_channels:
         if not (config.mid_attention and config.quant_convs):
             raise UserError(

@@ -200,8 +200,8 @@ def _read(tower: Any, config: TextConfig, ids: TokenIds, layer: int | None) -> t
     """Hidden states of the layer asked for, and the projected last state of the end token where the config has it."""
     half = tower.positional_embedding.dtype in (torch.bfloat16, torch.float16)
     if half and ids.device.type == "cpu" and len(ids) > 1:
-        # torch's attention swaps the first two axes before it projects; in half precision on the CPU a projection of more
-        # than one row then takes a path a hundred times as slow.
+        # torch's attention swaps the first two axes before it projects; in half precision on the CPU a projection of
+        # more than one row then takes a path a hundred times as slow.
         tokens, pooled = zip(*(_read(tower, config, row, layer) for row in ids.split(1)), strict=True)
         return torch.cat(tokens), None if pooled[0] is None else torch.cat(pooled)
     layer = config.layer if layer is None else layer

@@ -13,6 +13,7 @@ import torch
 from ldm import pipeline
 from ldm.checkpoints import native
 from ldm.diffusion.schedules import ScheduleConfig
+from ldm.errors import UserError
 from ldm.families.convert import convert
 from ldm.images import to_pixels
 from ldm.models.autoencoder import AutoencoderConfig
@@ -116,10 +117,44 @@ def test_what_we_write_diffusers_paints(randomised: Any, tmp_path: Path) -> None
     expected = theirs(tmp_path / "folder", "sd1", None, REQUEST)
     assert_same(ours(tmp_path / "ours", REQUEST), expected)
     assert_same(ours(tmp_path / "folder", REQUEST), expected)
-    (
-        tmp_path / "folder/extra.safetensors"
-    ).unlink()  # without the originals of what was folded, the folder stands for itself
+    (tmp_path / "folder/extra.safetensors").unlink()  # the folder stands for itself
     assert_same(ours(tmp_path / "folder", replace(REQUEST, sampler="ddim", schedule="trailing")), expected)
+
+
+def test_a_flow_in_diffusers(randomised: Any, tmp_path: Path) -> None:
+    """diffusers rounds a flow's timesteps to whole ones and spaces them from 0.999: a few 255ths off, and no more."""
+    spec = native.ModelSpec(
+        autoencoder=AutoencoderConfig(channels=(16, 32), res_blocks=1, groups=16, mean=(0.2,), std=(1.5,)),
+        image_size=32,
+        backbone=UNetConfig(channels=(32, 64), res_blocks=1, depth=(1, 1), heads=(2, 4), context_dim=64, groups=16),
+        text=TextConfig(width=64, heads=1, layers=2, context_length=16, vocab_size=800, pad="zero", quickgelu=False),
+        prediction="flow",
+        schedule=ScheduleConfig(kind="flow"),
+        defaults=native.SamplingDefaults("dpmpp_2m", "trailing", 20, 4.0),
+    )
+    model = native.build(spec)
+    rng = torch.Generator().manual_seed(3)
+    for module in model.modules.values():
+        randomised(module, rng)
+    native.save(tmp_path / "ours", spec, model.modules)
+    convert(tmp_path / "ours", tmp_path / "folder", "diffusers")
+    request = replace(REQUEST, steps=20)
+    a, b = ours(tmp_path / "folder", request), theirs(tmp_path / "folder", "sd1", None, request)
+    assert a.std() > 20 and np.abs(a - b).max() <= 4 and np.abs(a - b).mean() < 0.5
+
+
+def test_patches_have_no_place_in_diffusers(randomised: Any, tmp_path: Path) -> None:
+    spec = native.ModelSpec(
+        autoencoder=AutoencoderConfig(channels=(32,), res_blocks=1, patch=4, std=(2.0,)),
+        image_size=32,
+        backbone=UNetConfig(channels=(32,), res_blocks=1, depth=(1,), heads=(2,), context_dim=64),
+        text=TextConfig(width=64, heads=1, layers=2, context_length=16, vocab_size=800),
+    )
+    native.save(tmp_path / "ours", spec, native.build(spec).modules)
+    with pytest.raises(UserError, match="patches of 4"):
+        convert(tmp_path / "ours", tmp_path / "folder", "diffusers")
+    convert(tmp_path / "ours", tmp_path / "single", "compvis")
+    assert pipeline.load(str(tmp_path / "single"), "cpu").model.spec == spec
 
 
 def test_inpainting_paints_a_whole_picture(folders: dict[str, Path]) -> None:
