@@ -24,5 +24,9 @@ prepare "$corpus/fruits.parquet" "$corpus/flowers.parquet" "$corpus/clothing.par
     --out data/photos --limit-per-source 1600 --caption-template "clothing:a photo of a {colour} {name}"
 
 $python scripts/train_vae.py configs/embedded/vae.yaml --run runs/vae
-$python scripts/train_ldm.py configs/embedded/ldm.yaml --run runs/ldm
+# First at all noise levels alike, then mostly at high ones: there shape and colour are decided, and the prompt matters.
+$python scripts/train_ldm.py configs/embedded/ldm.yaml --run runs/ldm1
+$python scripts/train_ldm.py configs/embedded/ldm.yaml --run runs/ldm --weights runs/ldm1/model.safetensors \
+    --text.weights runs/ldm1/model.safetensors --schedule.mean 1.2 --schedule.std 1.2 \
+    --run.steps 2000 --optim.warmup 50 --optim.lr 5e-4
 $python scripts/convert.py runs/ldm/model.safetensors ldm/assets/embedded.safetensors --to ldm --dtype int8

@@ -120,6 +120,7 @@ class Samples:
 class LdmRun:
     """scripts/train_ldm.py. autoencoder: a model file, or `embedded` for the one inside the package.
 
+    weights: a model file whose UNet the training starts from, empty for fresh weights (`text.weights`: the tower's).
     cache: a folder for latents that are encoded once and then reused; empty: encode every batch. defaults: how pictures
     are sampled, also by whoever uses the model without saying how.
     """
@@ -128,6 +129,7 @@ class LdmRun:
     data: DataConfig
     autoencoder: str = "embedded"
     backbone: UNetConfig = UNetConfig()
+    weights: str = ""
     text: TextRun = TextRun()
     prediction: Literal["eps", "v", "x0", "flow", "edm"] = "eps"
     schedule: ScheduleConfig = ScheduleConfig()

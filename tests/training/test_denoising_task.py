@@ -87,6 +87,20 @@ def test_a_frozen_tower_stays(ldm, tiny_model: Path):
     assert all(p.grad is not None for p in trained.text.parameters())
 
 
+def test_a_unet_can_be_trained_further(ldm, tmp_path: Path):
+    first = build(ldm)
+    with torch.no_grad():
+        first.backbone.conv_out.weight.add_(1)
+    first.export(tmp_path / "model", {})
+    second = build(ldm, "--weights", str(tmp_path / "model"))
+    states = first.backbone.state_dict(), second.backbone.state_dict()
+    assert all(torch.equal(states[0][name], value) for name, value in states[1].items())
+    loss(second).backward()
+    assert all(p.grad is not None for p in second.backbone.parameters())
+    with pytest.raises(UserError, match="has the UNet"):
+        DenoisingTask(ldm("--weights", str(tmp_path / "model"), "--backbone.groups", "2"))
+
+
 def test_validation_is_fixed_and_stratified(ldm):
     task = build(ldm)
     levels = []

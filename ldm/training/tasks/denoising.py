@@ -47,7 +47,7 @@ class DenoisingTask:
         self._source = EMBEDDED if config.autoencoder == "embedded" else Path(config.autoencoder)
         source = native.load_autoencoder(self._source)
         self.autoencoder, self._autoencoder = source.autoencoder, source.spec.autoencoder
-        self.backbone = UNet(config.backbone)
+        self.backbone = _backbone(config)
         self.text = _tower(config)
         _check_fit(config, self._autoencoder)
         self.prediction, self.schedule = PREDICTIONS[config.prediction], make_schedule(config.schedule)
@@ -158,6 +158,17 @@ class DenoisingTask:
             provenance,
         )
         native.save(path, spec, {"autoencoder": self.autoencoder, "backbone": self.backbone, "text": self.text})
+
+
+def _backbone(config: LdmRun) -> UNet:
+    """A UNet with fresh weights, or with those of the file that the config names."""
+    backbone = UNet(config.backbone)
+    if config.weights:
+        source = native.load(config.weights)
+        if source.backbone is None or source.spec.backbone != config.backbone:
+            raise UserError(f"weights {config.weights!r} has the UNet {source.spec.backbone}, not {config.backbone}")
+        backbone.load_state_dict(source.backbone.state_dict())
+    return backbone
 
 
 def _tower(config: LdmRun) -> Conditioner:
