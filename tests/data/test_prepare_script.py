@@ -65,8 +65,10 @@ def test_ended_and_run_again(assets, tmp_path, end):
     limit = time.monotonic() + 30
     while not list(tmp_path.glob("a/*.tar")) and time.monotonic() < limit:
         time.sleep(0.005)
+    process.send_signal(signal.SIGSTOP)  # what it does meanwhile, it cannot finish
     workers = psutil.Process(process.pid).children(recursive=True)
     process.send_signal(end)
+    process.send_signal(signal.SIGCONT)
     assert process.wait(30) == (130 if end == signal.SIGINT else -9)
     assert psutil.wait_procs(workers, 10)[1] == []
     assert not (tmp_path / "a/manifest.json").exists()

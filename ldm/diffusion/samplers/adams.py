@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ldm.diffusion.samplers.common import Denoise, Levels, Model, NoiseFn, State, Step, begin, check_range
 from ldm.diffusion.samplers.weights import exponential_moments, lagrange_weights
+from ldm.diffusion.schedules import BLIND
 
 BASHFORTH = (
     (1.0,),
@@ -98,7 +99,7 @@ def plms(denoise: Denoise, x: State, sigmas: Levels, noise: NoiseFn) -> Iterator
     x0 = model(x, s)
     past.append((x - x0) / s)
     moved = x0.lerp(x, t / s)
-    if t > 0:
+    if t > 0 and s <= BLIND:
         slope = (moved - model(moved, t)) / t
         moved = _advance(x, x0, s, t, [(t - s) / 2, (t - s) / 2], [past[0], slope])
     yield Step(moved, x0, t)

@@ -11,6 +11,7 @@ from itertools import pairwise
 import torch
 
 from ldm.diffusion.samplers.common import Denoise, Levels, Model, NoiseFn, State, Step, begin, check_range
+from ldm.diffusion.schedules import BLIND
 
 
 def _phi(z: float) -> float:
@@ -49,14 +50,14 @@ def _singlestep(model: Model, x: State, levels: Sequence[float]) -> Iterator[Ste
 
 def dpm_solver(denoise: Denoise, x: State, sigmas: Levels, noise: NoiseFn, *, order: int = 3) -> Iterator[Step]:
     """DPM-Solver-1, 2 or 3: each `order` steps of the run form one step of that order; what remains, and a step into 0,
-    is of lower order."""
+    or from a level that is all noise, is of lower order."""
     check_range("order", order, 1, 3)
     model, x, grid = begin(denoise, x, sigmas)
     last = len(grid) - 1
     end = last - 1 if grid[-1] == 0 else last  # a stage at sigma 0 would be at lambda = infinity
     i = 0
     while i < last:
-        width = min(order, end - i) if i < end else 1
+        width = min(order, end - i) if i < end and grid[i] <= BLIND else 1
         for step in _singlestep(model, x, grid[i : i + width + 1]):
             yield step
         x = step.x

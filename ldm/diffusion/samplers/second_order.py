@@ -1,7 +1,8 @@
 """Two evaluations a step: Heun with EDM's churn, Restart, DPM-Solver-2 and DPM-Solver++(2S), each also ancestral.
 
 Corrections are written with the difference of the two x0, which stays small where sigma and x are large. A step into
-sigma = 0 is first order in all of them: there the second evaluation would have no noise to look at.
+sigma = 0 is first order in all of them: there the second evaluation would have no noise to look at. So is a step of
+Heun and DPM-Solver-2 from a level that is all noise: their corrections grow with the step, and flow's first is 975.
 """
 
 import math
@@ -20,13 +21,14 @@ from ldm.diffusion.samplers.common import (
     check_range,
     renoise,
 )
+from ldm.diffusion.schedules import BLIND
 
 
 def _heun_step(model: Model, x: State, s: float, t: float) -> Step:
     """The trapezoidal rule on dx/dsigma = (x - x0) / sigma."""
     x0 = model(x, s)
     x = x0.lerp(x, t / s)
-    if t > 0:
+    if t > 0 and s <= BLIND:
         x = x.add(model(x, t) - x0, alpha=(s - t) / (2 * t))
     return Step(x, x0, t)
 
@@ -105,7 +107,7 @@ def dpm2_a(denoise: Denoise, x: State, sigmas: Levels, noise: NoiseFn, *, eta: f
     for s, t, down, up in plan:
         x0 = model(x, s)
         moved = x0.lerp(x, down / s)
-        if down > 0:
+        if down > 0 and s <= BLIND:
             half = math.sqrt(s * down)
             moved = moved.add(model(x0.lerp(x, half / s), half) - x0, alpha=(s - down) / half)
         x = renoise(moved, noise, up)
