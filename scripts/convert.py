@@ -1,7 +1,7 @@
 """Convert a model between layouts; the way there and back is the identity, tensor for tensor.
 
-python scripts/convert.py embedded apple-folder --to diffusers
-python scripts/convert.py v1-5-pruned.ckpt sd15.safetensors --to ldm --dtype fp16
+python scripts/convert.py embedded half.safetensors --to ldm --dtype fp16
+python scripts/convert.py v1-5-pruned.ckpt sd15-folder --to diffusers
 """
 
 import sys
