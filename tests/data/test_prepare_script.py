@@ -61,7 +61,11 @@ def test_errors_are_one_line(assets, tmp_path, arguments, message):
 def test_ended_and_run_again(assets, tmp_path, end):
     """Big PNGs are slow enough to be caught in the middle."""
     flags = shlex.split("--size 512 --format png --limit-per-source 40 --shard-size 2 --workers 2")
-    process = subprocess.Popen(command(assets, "--out", str(tmp_path / "a"), *flags), stderr=subprocess.PIPE)
+    process = subprocess.Popen(
+        command(assets, "--out", str(tmp_path / "a"), *flags),
+        stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a suite in the background may ignore Ctrl-C
+    )
     limit = time.monotonic() + 30
     while not list(tmp_path.glob("a/*.tar")) and time.monotonic() < limit:
         time.sleep(0.005)
