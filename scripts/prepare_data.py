@@ -5,15 +5,7 @@ file with an image column and caption columns, or shards. Run the same command a
 
     python scripts/prepare_data.py photos/ more.parquet --out data/mine --size 128 --holdout 0.02
 
-The embedded model's corpus:
-
-    python scripts/prepare_data.py corpus/*.parquet --out data/corpus --size 128 --holdout 0.02 \\
-        --max-captions 3 --max-captions renders:2 --caption-template "a {name}" \\
-        --caption-template "a {colour} {name}" --caption-template "{colour} {name}" \\
-        --caption-template "fluent_emoji:a {colour} {name}, 3d emoji" \\
-        --caption-template "twemoji:a {colour} {name}, flat emoji" \\
-        --caption-template "renders:a 3d render of a {colour} {name}" \\
-        --caption-template "clothing:a photo of a {colour} {name}"
+configs/embedded/make.sh shows more: captions from templates, pictures chosen by caption, limits for each source.
 """
 
 import os
