@@ -5,10 +5,10 @@ stream, so what a checkpoint needs besides tensors is one number, the step.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from accelerate import Accelerator
@@ -23,26 +23,12 @@ from ldm.training.config import LdmRun, OptimConfig, RunConfig, VaeRun
 from ldm.training.ema import Ema
 from ldm.training.folder import RunFolder, check_same
 from ldm.training.guard import Guard
+from ldm.training.learner import Learner, Objective
 from ldm.training.meter import Clock, Meter
-from ldm.training.optim import adamw, clipped, rate
+from ldm.training.optim import rate
 from ldm.training.progress import Bar
 from ldm.training.signals import interrupts
 from ldm.training.state import restore, snapshot
-
-Batch = dict[str, Any]  # of ldm.data.dataset, on the device; and `step`
-Losses = dict[str, Tensor]  # "loss", which is minimised, and other scalars for the log
-
-
-class Objective(NamedTuple):
-    """What one optimiser minimises: the networks it moves, their loss, and the first step at which it acts.
-
-    The objectives of a task see each batch in turn, before any of them moves.
-    """
-
-    name: str
-    networks: tuple[nn.Module, ...]
-    loss: Callable[[Batch], Losses]
-    start: int = 0
 
 
 @runtime_checkable
@@ -202,52 +188,6 @@ def train(task: Task, config: VaeRun | LdmRun, path: Path) -> Outcome:
         bar.say(f"{done} steps are done, the model is {folder.model}; raise run.steps to train it further")
     accelerator.end_training()
     return Outcome(done)
-
-
-class Loss(nn.Module):
-    """An objective as a module, which accelerate wraps: for mixed precision, for gradients averaged over processes."""
-
-    def __init__(self, objective: Objective) -> None:
-        super().__init__()
-        self.networks = nn.ModuleList(objective.networks)
-        self.function = objective.loss
-
-    def forward(self, batch: Batch) -> Losses:
-        return self.function(batch)
-
-
-class Learner:
-    """An objective with its optimiser. main: its values stand in the log under plain names."""
-
-    def __init__(self, objective: Objective, config: OptimConfig, accelerator: Accelerator, *, main: bool) -> None:
-        self.objective, self.config, self.accelerator, self.main = objective, config, accelerator, main
-        self.module = accelerator.prepare_model(Loss(objective))
-        self.parameters = [p for network in objective.networks for p in network.parameters() if p.requires_grad]
-        self.optimizer = adamw(self.parameters, config)
-        self.loss = torch.zeros((), device=accelerator.device)
-
-    def backward(self, batch: Batch, parts: int, *, last: bool) -> Losses:
-        """Add the gradients of one part of a batch; processes average them once, after the last part."""
-        with nullcontext() if last else self.accelerator.no_sync(self.module):
-            losses = self.module(batch)
-            self.accelerator.backward(losses["loss"] / parts)
-        self.loss = self.loss + losses["loss"].detach()
-        return {self.tag(name): value.detach() for name, value in losses.items()}
-
-    def tag(self, name: str) -> str:
-        return name if self.main else f"{self.objective.name}_{name}"
-
-    def clip(self) -> Tensor:
-        return clipped(self.parameters, self.config.clip)
-
-    def step(self, lr: float, stopped: Tensor) -> None:
-        """Move the parameters, unless `stopped` is 1."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        self.optimizer.found_inf = stopped  # type: ignore[attr-defined]  # read by the fused kernel: 1 leaves all as it is
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.loss = torch.zeros_like(self.loss)
 
 
 def precision(run: RunConfig) -> str:

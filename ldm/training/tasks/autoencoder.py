@@ -22,7 +22,7 @@ from ldm.shapes import Image
 from ldm.training import keyed
 from ldm.training.config import VaeRun
 from ldm.training.heldback import HeldBack
-from ldm.training.loop import Batch, Losses, Objective
+from ldm.training.learner import Batch, Losses, Objective
 
 SHOWN = 8  # pictures of a sample sheet
 

@@ -30,7 +30,7 @@ from ldm.text.tower import Conditioner
 from ldm.training import keyed
 from ldm.training.config import LdmRun
 from ldm.training.heldback import HeldBack
-from ldm.training.loop import Batch, Losses, Objective
+from ldm.training.learner import Batch, Losses, Objective
 from ldm.training.progress import Bar
 
 EMBEDDED = Path(__file__).parents[2] / "assets" / "embedded.safetensors"
