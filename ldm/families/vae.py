@@ -22,9 +22,12 @@ from ldm.models.taesd import TinyAutoencoder, TinyConfig
 
 
 def load_vae(
-    path: Path, like: AutoencoderConfig, device: torch.device | str = "cpu", dtype: torch.dtype | None = torch.float32
+    path: Path,
+    like: AutoencoderConfig | None = None,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = torch.float32,
 ) -> Autoencoder | TinyAutoencoder:
-    """An autoencoder for a model whose own is `like`. UserError where the file holds none, or one for other latents.
+    """An autoencoder, for a model whose own is `like`. UserError where the file holds none, or one for other latents.
 
     path: any whole model; an autoencoder of ours, of CompVis's names, or in diffusers' folder; TAESD as a folder of its
     two halves or as either half, the other being looked for beside it under the same name.
@@ -33,9 +36,9 @@ def load_vae(
         pairs = _files(path)
         tensors = stack.enter_context(open_tensors(pairs))
         try:
-            model, keymap, tensors = _understand(path, tensors, like)
+            model, keymap, tensors = _understand(path, tensors, like or AutoencoderConfig())
             z = model.autoencoder.config.z_channels
-            if z != like.z_channels:
+            if like is not None and z != like.z_channels:
                 raise UserError(f"its latents have {z} channels, the model's {like.z_channels}")
             return native.fill(model, tensors, keymap, device, dtype).autoencoder
         except UserError as error:

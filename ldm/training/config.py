@@ -80,11 +80,17 @@ class AutoencoderLoss:
 
 @dataclass(frozen=True)
 class VaeRun:
-    """scripts/train_vae.py. statistics: images over which the latent's mean and deviation are measured."""
+    """scripts/train_vae.py. statistics: images over which the latent's mean and deviation are measured.
+
+    weights: a file with an autoencoder to start from, of any layout; `model` left as it is here is then the file's.
+    freeze: names of parameters that stay as they are, `[encoder.*]` to train a decoder alone.
+    """
 
     run: RunConfig
     data: DataConfig
     model: AutoencoderConfig = AutoencoderConfig()
+    weights: str = ""
+    freeze: tuple[str, ...] = ()
     discriminator: DiscriminatorConfig = DiscriminatorConfig()
     loss: AutoencoderLoss = AutoencoderLoss()
     optim: OptimConfig = OptimConfig(betas=(0.5, 0.9))
@@ -121,8 +127,9 @@ class LdmRun:
     """scripts/train_ldm.py. autoencoder: a model file, or `embedded` for the one inside the package.
 
     weights: a model file whose UNet the training starts from, empty for fresh weights (`text.weights`: the tower's).
-    cache: a folder for latents that are encoded once and then reused; empty: encode every batch. defaults: how pictures
-    are sampled, also by whoever uses the model without saying how.
+    freeze: names of parameters that stay as they are, such as `[down.*, text.*]`. cache: a folder for latents that are
+    encoded once and then reused; empty: encode every batch. defaults: how pictures are sampled, also by whoever uses
+    the model without saying how.
     """
 
     run: RunConfig
@@ -130,6 +137,7 @@ class LdmRun:
     autoencoder: str = "embedded"
     backbone: UNetConfig = UNetConfig()
     weights: str = ""
+    freeze: tuple[str, ...] = ()
     text: TextRun = TextRun()
     prediction: Literal["eps", "v", "x0", "flow", "edm"] = "eps"
     schedule: ScheduleConfig = ScheduleConfig()

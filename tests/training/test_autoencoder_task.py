@@ -1,5 +1,6 @@
 """The autoencoder's losses, each switch of them, and what is exported."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from safetensors.torch import save_file
 from ldm.checkpoints import native
 from ldm.data.dataset import to_image
 from ldm.errors import UserError
+from ldm.models.autoencoder import AutoencoderConfig
 from ldm.models.discriminator import adaptive_weight, hinge_g
 from ldm.models.perceptual import LPIPS
 from ldm.training import keyed
@@ -128,6 +130,32 @@ def test_statistics_of_a_model_that_had_some(vae):
     assert again.measured().std == pytest.approx(plain.std, rel=1e-5)
 
 
+def test_a_decoder_alone_is_trained_further(vae, run, tmp_path: Path):
+    first = build(vae)
+    first.export(tmp_path / "first", {})
+    settings = vae("--weights", str(tmp_path / "first"), "--freeze", "[encoder.*]", "--run.steps", "1")
+    run(settings, tmp_path / "run")
+    before, after = native.load(tmp_path / "first"), native.load(tmp_path / "run/model.safetensors")
+    assert after.spec.autoencoder == before.spec.autoencoder != settings.model  # its statistics too
+    for name, value in after.autoencoder.state_dict().items():
+        assert torch.equal(value, before.autoencoder.state_dict()[name]) == name.startswith("encoder."), name
+
+
+def test_training_starts_from_a_file(vae, tmp_path: Path):
+    first = build(vae)
+    with torch.no_grad():
+        first.autoencoder.decoder.conv_out.bias.add_(1)
+        first.export(tmp_path / "first", {})
+    second = AutoencoderTask(vae("--weights", str(tmp_path / "first")))
+    states = first.autoencoder.state_dict(), second.autoencoder.state_dict()
+    assert all(torch.equal(states[0][name], value) for name, value in states[1].items())
+    assert all(p.requires_grad for p in second.autoencoder.parameters()) and second.autoencoder.training
+    with pytest.raises(UserError, match="has the autoencoder"):
+        AutoencoderTask(vae("--weights", str(tmp_path / "first"), "--model.groups", "2"))
+    plain = replace(vae("--weights", str(tmp_path / "first")), model=AutoencoderConfig())
+    assert AutoencoderTask(plain).model.channels == first.model.channels  # said nowhere but in the file
+
+
 def test_validation_is_of_the_shards_held_back(vae, lpips_weights):
     shards = vae().data.shards
     first, second = shards.replace("{00000..00001}", "00000"), shards.replace("{00000..00001}", "00001")
@@ -144,6 +172,9 @@ def test_validation_is_of_the_shards_held_back(vae, lpips_weights):
     [
         (["--loss.lpips", "1"], "give loss.lpips_weights a file"),
         (["--loss.lpips", "1", "--loss.lpips_weights", "nowhere.safetensors"], "make weights"),
+        (["--weights", "nowhere.safetensors"], "nowhere.safetensors"),
+        (["--freeze", "[encodr.*]"], "freeze: no parameter is named 'encodr"),
+        (["--freeze", "[decoder.conv_out.*]"], "loss.adaptive looks at decoder.conv_out.weight"),
         (["--data.size", "33"], "data.size 33 is not a multiple of the model's factor 2"),
     ],
 )

@@ -87,6 +87,17 @@ def test_a_frozen_tower_stays(ldm, tiny_model: Path):
     assert all(p.grad is not None for p in trained.text.parameters())
 
 
+def test_what_is_frozen_stays(ldm, run, tmp_path: Path):
+    task = build(ldm)
+    task.export(tmp_path / "first", {})
+    begin = ["--weights", str(tmp_path / "first"), "--text.weights", str(tmp_path / "first")]
+    run(ldm(*begin, "--freeze", "[down.*, text.*, backbone.time.*]", "--run.steps", "1"), tmp_path / "run")
+    before, after = (native.load(path) for path in (tmp_path / "first", tmp_path / "run/model.safetensors"))
+    for name, parameter in [*after.backbone.named_parameters(), *after.conditioner.named_parameters()]:
+        old = dict([*before.backbone.named_parameters(), *before.conditioner.named_parameters()])[name]
+        assert torch.equal(parameter, old) == name.startswith(("down.", "time.", "tower.")), name
+
+
 def test_a_unet_can_be_trained_further(ldm, tmp_path: Path):
     first = build(ldm)
     with torch.no_grad():

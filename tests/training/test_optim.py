@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import nn
 
+from ldm.errors import UserError
 from ldm.training.config import OptimConfig
-from ldm.training.optim import adamw, clipped, rate
+from ldm.training.optim import adamw, clipped, freeze, rate
 
 
 def test_warmup_is_linear_and_reaches_the_rate():
@@ -58,3 +59,28 @@ def test_clipping(limit, after):
     parameter.grad = torch.tensor([3.0, 4.0])
     assert clipped([parameter], limit) == 5
     assert parameter.grad.norm().item() == pytest.approx(after, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("patterns", "left"),
+    [
+        ([], {"a.0.weight", "a.0.bias", "a.1.weight", "a.1.bias", "b.weight", "b.bias"}),
+        (["0.*"], {"a.1.weight", "a.1.bias", "b.weight", "b.bias"}),
+        (["*.bias", "b.weight"], {"a.0.weight", "a.1.weight"}),
+        (["a.[01].weight", "b.*"], {"a.0.bias", "a.1.bias"}),
+    ],
+)
+def test_freezing_by_name(patterns: list[str], left: set[str]):
+    networks = {"a": nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), "b": nn.Linear(2, 2)}
+    freeze(networks, patterns)
+    named = {f"{name}.{key}": p for name, net in networks.items() for key, p in net.named_parameters()}
+    assert {name for name, parameter in named.items() if parameter.requires_grad} == left
+
+
+def test_freezing_nothing_or_everything_is_an_error():
+    net = nn.Linear(2, 2)
+    with pytest.raises(UserError, match=r"no parameter is named 'encodr\.\*' \(there are net\.\*"):
+        freeze({"net": net}, ["weight", "encodr.*"])
+    freeze({"net": net}, ["*"])
+    with pytest.raises(UserError, match="nothing to train"):
+        adamw(net.parameters(), OptimConfig())

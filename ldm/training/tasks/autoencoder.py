@@ -15,7 +15,8 @@ from ldm.checkpoints import native
 from ldm.data.dataset import open_dataset, to_image
 from ldm.errors import UserError
 from ldm.evaluation.reconstruction import reconstruction_report
-from ldm.models.autoencoder import Autoencoder, AutoencoderConfig
+from ldm.families.vae import load_vae
+from ldm.models.autoencoder import Autoencoder, AutoencoderConfig, normalised
 from ldm.models.discriminator import PatchDiscriminator, adaptive_weight, hinge_d, hinge_g
 from ldm.models.perceptual import LPIPS
 from ldm.shapes import Image
@@ -23,6 +24,7 @@ from ldm.training import keyed
 from ldm.training.config import VaeRun
 from ldm.training.heldback import HeldBack
 from ldm.training.learner import Batch, Losses, Objective
+from ldm.training.optim import freeze
 
 SHOWN = 8  # pictures of a sample sheet
 
@@ -37,22 +39,24 @@ class AutoencoderTask:
 
     def __init__(self, config: VaeRun) -> None:
         self.config, self.loss = config, config.loss
-        if config.data.size % config.model.factor:
-            raise UserError(
-                f"data.size {config.data.size} is not a multiple of the model's factor {config.model.factor}"
-            )
+        self.autoencoder = _autoencoder(config)
+        self.model = self.autoencoder.config
+        if config.data.size % self.model.factor:
+            raise UserError(f"data.size {config.data.size} is not a multiple of the model's factor {self.model.factor}")
         if self.loss.lpips and not self.loss.lpips_weights:
             raise UserError(
                 "loss.lpips is on: give loss.lpips_weights a file (`make weights` makes it), or set loss.lpips 0"
             )
         self.dataset = open_dataset(config.data)
         self.held_back = HeldBack(config.data, config.run.validate_on)
-        self.autoencoder = Autoencoder(config.model)
         self.discriminator = PatchDiscriminator(config.discriminator)
         self.perceptual = LPIPS.load(self.loss.lpips_weights) if self.loss.lpips_weights else None
         self.networks: dict[str, nn.Module] = {"autoencoder": self.autoencoder}
         if self.loss.adversarial:
             self.networks["discriminator"] = self.discriminator
+        freeze(self.networks, config.freeze)
+        if self.loss.adversarial and self.loss.adaptive and not self._last_layer.requires_grad:
+            raise UserError("loss.adaptive looks at decoder.conv_out.weight, which freeze names: set it to false")
         if config.run.compile:
             # the last layer stays outside: the adaptive weight asks for its gradient alone
             decoder = self.autoencoder.decoder
@@ -65,6 +69,10 @@ class AutoencoderTask:
         for module in (self.autoencoder, self.discriminator, self.perceptual):
             if module is not None:
                 module.to(device)
+
+    @property
+    def _last_layer(self) -> Tensor:
+        return self.autoencoder.decoder.conv_out.weight
 
     def objectives(self) -> list[Objective]:
         objectives = [Objective("autoencoder", (self.autoencoder,), self.autoencoder_loss)]
@@ -93,9 +101,8 @@ class AutoencoderTask:
             (push,) = torch.autograd.grad(terms["gan"], pixels)
             weight = torch.full((), self.loss.adversarial, device=self.device)
             if self.loss.adaptive:
-                last_layer = self.autoencoder.decoder.conv_out.weight
                 along = ((reconstruction * direction).sum(), (reconstruction * push).sum())
-                terms["gan_weight"] = adaptive_weight(*along, last_layer)
+                terms["gan_weight"] = adaptive_weight(*along, self._last_layer)
                 weight = weight * terms["gan_weight"]
             direction = direction + weight * push
             total = total + weight * terms["gan"]
@@ -128,9 +135,14 @@ class AutoencoderTask:
         native.save(path, spec, {"autoencoder": self.autoencoder})
 
     def measured(self) -> AutoencoderConfig:
-        """The config with mean and deviation of each latent channel over `statistics` training images."""
+        """The config with mean and deviation of each latent channel over `statistics` training images.
+
+        Those of a frozen encoder stay: models that were trained in its latents go on to fit.
+        """
+        if normalised(self.model) and not any(p.requires_grad for p in self.autoencoder.encoder.parameters()):
+            return self.model
         count, size = 0, self.config.run.batch_size
-        sums = torch.zeros(2, self.config.model.z_channels, dtype=torch.float64, device=self.device)
+        sums = torch.zeros(2, self.model.z_channels, dtype=torch.float64, device=self.device)
         for start in range(0, self.config.statistics, size):
             batch = self.dataset.__getitems__(range(start, min(start + size, self.config.statistics)))
             posterior = self.autoencoder.encode(to_image(batch["image"].to(self.device)))
@@ -138,14 +150,25 @@ class AutoencoderTask:
             count += mean[:, 0].numel()
             sums += torch.stack([mean.sum((0, 2, 3)), (mean**2 + variance).sum((0, 2, 3))])
         mean, square = sums / count
-        old_mean, old_std = (
-            torch.tensor(v, device=self.device) for v in (self.config.model.mean, self.config.model.std)
-        )
+        old_mean, old_std = (torch.tensor(v, device=self.device) for v in (self.model.mean, self.model.std))
         std = (square - mean**2).sqrt()
         return replace(
-            self.config.model, mean=tuple((old_mean + old_std * mean).tolist()), std=tuple((old_std * std).tolist())
+            self.model, mean=tuple((old_mean + old_std * mean).tolist()), std=tuple((old_std * std).tolist())
         )
 
     def _held_back(self) -> Iterator[Image]:
         for start in range(0, len(self.held_back), self.config.run.batch_size):
             yield self.held_back.images(start, start + self.config.run.batch_size)
+
+
+def _autoencoder(config: VaeRun) -> Autoencoder:
+    """Fresh weights, or those of the file that the config names, with its latent statistics."""
+    if not config.weights:
+        return Autoencoder(config.model)
+    found = load_vae(Path(config.weights))
+    if not isinstance(found, Autoencoder):
+        raise UserError(f"weights {config.weights!r} is a tiny autoencoder, which has no posterior to train")
+    wanted = replace(config.model, mean=found.config.mean, std=found.config.std)
+    if config.model != AutoencoderConfig() and wanted != found.config:
+        raise UserError(f"weights {config.weights!r} has the autoencoder {found.config}, not {config.model}")
+    return found.requires_grad_(True).train()

@@ -31,6 +31,7 @@ from ldm.training import keyed
 from ldm.training.config import LdmRun
 from ldm.training.heldback import HeldBack
 from ldm.training.learner import Batch, Losses, Objective
+from ldm.training.optim import freeze
 from ldm.training.progress import Bar
 
 EMBEDDED = Path(__file__).parents[2] / "assets" / "embedded.safetensors"
@@ -55,6 +56,7 @@ class DenoisingTask:
         self.networks: dict[str, nn.Module] = {"backbone": self.backbone}
         if config.text.train:
             self.networks["text"] = self.text
+        freeze(self.networks, config.freeze)
         self.averaged = tuple(self.networks)
         self.empty = self.text.tokenize([""])
         self._pictures = open_dataset(config.data, self.text.tokenize)
