@@ -168,7 +168,7 @@ def _autoencoder(config: VaeRun) -> Autoencoder:
     found = load_vae(Path(config.weights))
     if not isinstance(found, Autoencoder):
         raise UserError(f"weights {config.weights!r} is a tiny autoencoder, which has no posterior to train")
-    wanted = replace(config.model, mean=found.config.mean, std=found.config.std)
-    if config.model != AutoencoderConfig() and wanted != found.config:
-        raise UserError(f"weights {config.weights!r} has the autoencoder {found.config}, not {config.model}")
+    shape, wanted = (replace(model, mean=(0.0,), std=(1.0,)) for model in (found.config, config.model))
+    if wanted not in (shape, AutoencoderConfig()):
+        raise UserError(f"weights {config.weights!r} has the autoencoder {shape}, not {wanted}")
     return found.requires_grad_(True).train()
