@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -42,6 +43,18 @@ class UNetConfig:
     def factor(self) -> int:
         """Height and width of the latent must be multiples of this."""
         return 2 ** (len(self.channels) - 1)
+
+
+class Control(NamedTuple):
+    """What steers a UNet from outside: features added to its own.
+
+    skips, middle: to each that goes across, and to the middle's (ControlNet); inner: one a level on the way down
+    (T2I-Adapter). Empty where there are none.
+    """
+
+    skips: Sequence[Features] = ()
+    middle: Features | float = 0.0
+    inner: Sequence[Features] = ()
 
 
 class Block(nn.Module):
@@ -133,29 +146,61 @@ class UNet(nn.Module):
                 nn.init.zeros_(layer.weight)
         nn.init.zeros_(self.conv_out.weight)
 
-    def forward(self, z: Features, label: Sigma, cond: Conditioning) -> Features:
+    def forward(self, z: Features, label: Sigma, cond: Conditioning, control: Control | None = None) -> Features:
         """z: (b, in_channels, h, w), h and w multiples of `config.factor`; label: (b,) -> (b, out_channels, h, w)."""
-        time = self.time(sinusoid(label, self.config.channels[0]).to(z.dtype))
-        if self.vector is not None:
-            time = time + self.vector(cond.vector)
-        time = F.silu(time)
-
-        h = self.conv_in(z)
-        skips = [h]
-        for level in self.down:
-            for block in level.blocks:
-                h = block(h, time, cond)
-                skips.append(h)
-            if level.resample is not None:
-                h = level.resample(h)
-                skips.append(h)
-        h = self.mid(h, time, cond)
+        time = embed(self, label, cond, z.dtype)
+        h, skips = contract(self, self.conv_in(z), time, cond, control.inner if control else ())
+        if control and control.skips:
+            skips = [skip + more for skip, more in zip(skips, control.skips, strict=True)]
+            h = h + control.middle
         for level in self.up:
             for block in level.blocks:
                 h = block(torch.cat([h, skips.pop()], dim=1), time, cond)
             if level.resample is not None:
                 h = level.resample(h)
         return self.conv_out(F.silu(self.norm_out(h)))
+
+
+@runtime_checkable
+class Contracting(Protocol):
+    """The half of a UNet that goes down, as a UNet and a ControlNet have it."""
+
+    config: UNetConfig
+    time: nn.Sequential
+    vector: nn.Sequential | None
+    down: Sequence[Level]
+    mid: Middle
+
+
+def embed(net: Contracting, label: Sigma, cond: Conditioning, dtype: torch.dtype) -> Tensor:
+    """What every ResBlock is told of the time, and of SDXL's vector: (b, 4 * channels[0])."""
+    time = net.time(sinusoid(label, net.config.channels[0]).to(dtype))
+    if net.vector is not None:
+        time = time + net.vector(cond.vector)
+    return F.silu(time)
+
+
+def contract(
+    net: Contracting, h: Features, time: Tensor, cond: Conditioning, inner: Sequence[Features] = ()
+) -> tuple[Features, list[Features]]:
+    """From the first features to the middle's, and every one on the way, which the way up will see again.
+
+    inner: features added on the way, one a level: before the halving where the level attends to the text, else after.
+    """
+    skips = [h]
+    for index, level in enumerate(net.down):
+        attends = net.config.depth[index] > 0
+        for number, block in enumerate(level.blocks, 1):
+            h = block(h, time, cond)
+            if inner and attends and number == len(level.blocks):
+                h = h + inner[index]
+            skips.append(h)
+        if level.resample is not None:
+            h = level.resample(h)
+            skips.append(h)
+        if inner and not attends:
+            h = h + inner[index]
+    return net.mid(h, time, cond), skips
 
 
 def _transformer(config: UNetConfig, width: int, heads: int, depth: int) -> SpatialTransformer:
