@@ -32,12 +32,20 @@ class Damaged(UserError):
 
 @dataclass(frozen=True)
 class Entry:
-    """What a manifest says of one shard."""
+    """What a manifest says of one shard.
+
+    buckets: where pictures were cut to aspect-ratio buckets, "1216x832" (width x height) -> samples. The samples of a
+    shard lie in the order of this dict: with {"1024x1024": 5, "1216x832": 3} the first five are squares. Empty without
+    buckets. The .json of each sample has its `bucket`, and the values that SDXL is conditioned on, in pixels:
+    original_width, original_height (upright, before any resize), crop_top, crop_left (cut off after the resize), and
+    width, height (of the picture in the shard: the target size).
+    """
 
     name: str
     samples: int
     bytes: int
     sha256: str
+    buckets: dict[str, int] = dataclasses.field(default_factory=dict)
 
 
 @dataclass(frozen=True)
