@@ -45,10 +45,10 @@ clean:
 	@touch $@
 
 .PHONY: weights corpus
-weights: weights/lpips_vgg.safetensors
+weights: weights/lpips_alex.safetensors weights/lpips_vgg.safetensors weights/inception.safetensors
 
-weights/lpips_vgg.safetensors: | .venv/.installed
-	$(PY) scripts/fetch_weights.py --out weights
+weights/%.safetensors: | .venv/.installed
+	$(PY) scripts/fetch_weights.py --out weights --only $*
 
 corpus: .venv/.installed
 	$(PY) -m pip install --quiet --disable-pip-version-check resvg-py==0.5.0

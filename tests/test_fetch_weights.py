@@ -2,7 +2,9 @@
 
 import hashlib
 import importlib.util
+import io
 import pickle
+import zipfile
 from pathlib import Path
 from types import ModuleType
 
@@ -12,6 +14,7 @@ import torch
 from safetensors.numpy import save_file
 
 from ldm.errors import UserError
+from ldm.evaluation.inception import Inception
 from ldm.models.perceptual import LPIPS
 
 
@@ -37,7 +40,7 @@ def test_flax_kernels_become_torchvisions(fetch: ModuleType, tmp_path: Path) -> 
         for i in range(5)
     }
     data = pickle.dumps({"AlexNet_0": convolutions, **heads}, protocol=4)
-    save_file(fetch.convert("alex", data, hashlib.sha256(data).hexdigest()), tmp_path / "w")
+    save_file(fetch.convert("lpips_alex", data, hashlib.sha256(data).hexdigest()), tmp_path / "w")
     loaded = LPIPS.load(tmp_path / "w").state_dict()
     kernel = convolutions["Conv_1"]["kernel"]
     assert loaded["features.3.weight"][5, 7, 1, 2].item() == kernel[1, 2, 7, 5]
@@ -48,6 +51,43 @@ def test_flax_kernels_become_torchvisions(fetch: ModuleType, tmp_path: Path) -> 
 def test_other_bytes_and_other_globals_are_refused(fetch: ModuleType) -> None:
     data = pickle.dumps({"x": Path("x")})
     with pytest.raises(UserError, match="not those known"):
-        fetch.convert("alex", data, "0" * 64)
+        fetch.convert("lpips_alex", data, "0" * 64)
     with pytest.raises(UserError, match="no numpy array"):
-        fetch.convert("alex", data, hashlib.sha256(data).hexdigest())
+        fetch.convert("lpips_alex", data, hashlib.sha256(data).hexdigest())
+
+
+class Layer(torch.nn.Module):
+    """A convolution as the package holds it: a norm without a gain."""
+
+    def __init__(self, shape: torch.Size) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.randn(shape))
+        for name in ("beta", "mean", "var"):
+            setattr(self, name, torch.nn.Parameter(torch.rand(shape[0])))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+
+def test_scripted_convolutions_become_pytorch_fids(fetch: ModuleType, tmp_path: Path) -> None:
+    shapes = [value.shape for key, value in Inception().state_dict().items() if key.endswith(".conv.weight")]
+    layers = torch.nn.Sequential(*map(Layer, shapes))
+    archive = io.BytesIO()
+    torch.jit.save(torch.jit.script(layers), archive)
+    data = archive.getvalue()
+    save_file(fetch.convert("inception", data, hashlib.sha256(data).hexdigest()), tmp_path / "w")
+    loaded = Inception.load(tmp_path / "w").state_dict()
+    assert len(shapes) == 94
+    assert torch.equal(loaded["Conv2d_1a_3x3.conv.weight"], layers[0].weight)
+    assert torch.equal(loaded["Mixed_7c.branch_pool.bn.running_var"], layers[-1].var)
+    assert torch.equal(loaded["Mixed_5b.branch5x5_2.bn.bias"], layers[7].beta)
+    assert torch.equal(loaded["Mixed_5b.branch5x5_2.bn.weight"], torch.ones(64))
+
+
+def test_a_script_that_names_anything_else_is_refused(fetch: ModuleType) -> None:
+    archive = io.BytesIO()
+    with zipfile.ZipFile(archive, "w") as file:
+        file.writestr("a/data.pkl", pickle.dumps({"x": Path("x")}))
+    data = archive.getvalue()
+    with pytest.raises(UserError, match="no array"):
+        fetch.convert("inception", data, hashlib.sha256(data).hexdigest())
