@@ -1,11 +1,13 @@
 """Tiny models of every family with random weights, written in diffusers' layout by diffusers and transformers."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from families.lora_files import Peft, peft
 from torch import nn
 
 from ldm.families.export import _write_tokenizer
@@ -131,3 +133,16 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     for name in UNETS:
         write_folder(root / name, name)
     return {name: root / name for name in UNETS}
+
+
+@pytest.fixture(scope="session")
+def plain(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Peft]:
+    """What peft makes of a family's folder, each made once."""
+    made: dict[str, Peft] = {}
+
+    def of(name: str) -> Peft:
+        if name not in made:
+            made[name] = peft(folders[name], tmp_path_factory.mktemp("peft") / name)
+        return made[name]
+
+    return of
