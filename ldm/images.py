@@ -3,12 +3,15 @@
 import io
 import math
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from jaxtyping import UInt8
 from PIL import Image as Pillow
+from PIL import ImageOps
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
@@ -17,6 +20,7 @@ from ldm.files import replacing
 from ldm.shapes import Image
 
 Pixels = UInt8[Tensor, "b h w 3"]
+FORMATS, MAX_SIDE = ("PNG", "JPEG", "WEBP"), 8192
 PILLOW_ERRORS = (OSError, ValueError, SyntaxError, Pillow.DecompressionBombError)  # what a broken file has raised
 
 
@@ -51,6 +55,33 @@ def png(pixels: UInt8[Tensor, "h w 3"], text: Mapping[str, str] | None = None) -
     file = io.BytesIO()
     Pillow.fromarray(pixels.numpy()).save(file, format="png", pnginfo=info)
     return file.getvalue()
+
+
+def read_picture(path: str | Path) -> Pillow.Image:
+    """A picture from anybody's file, turned as its EXIF says: RGBA where anything may be transparent, else RGB.
+
+    UserError where it is none, or one of too many pixels.
+    """
+    try:
+        with warnings.catch_warnings(), Pillow.open(path, formats=FORMATS) as picture:
+            warnings.simplefilter("ignore", Pillow.DecompressionBombWarning)  # refused here, in one line
+            if max(picture.size) > MAX_SIDE:
+                raise UserError(f"{str(path)!r} is {picture.width}x{picture.height}: at most {MAX_SIDE} pixels a side")
+            upright = ImageOps.exif_transpose(picture)
+            if upright.mode.startswith("I"):  # 16 bits a grey pixel, which Pillow would clip to 255
+                upright = Pillow.fromarray((np.asarray(upright, dtype=np.float32) / 257).round().astype(np.uint8))
+            return upright.convert("RGBA" if upright.has_transparency_data else "RGB")
+    except UserError:
+        raise
+    except PILLOW_ERRORS as error:
+        raise UserError(f"cannot read {str(path)!r} as a picture (PNG, JPEG or WebP): {error}") from None
+
+
+def to_image(picture: Pillow.Image) -> Image:
+    """(1, 3, h, w) in [-1, 1] of an RGB picture, or an RGBA one laid on white."""
+    if picture.mode == "RGBA":
+        picture = Pillow.alpha_composite(Pillow.new("RGBA", picture.size, "white"), picture)
+    return torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1)[None] / 127.5 - 1
 
 
 def read_text(path: str | Path) -> dict[str, str]:

@@ -6,24 +6,29 @@ image = pipeline.txt2img(Request("a red apple", seed=1))  # (1, 3, h, w) in [-1,
 
 import copy
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields, replace
+from functools import reduce
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 
+from ldm.canvas import Canvas
 from ldm.checkpoints import native
-from ldm.diffusion.guidance import cfg
+from ldm.diffusion.editing import keep
+from ldm.diffusion.guidance import Conditional, cfg
 from ldm.diffusion.noise import SeededNoise
 from ldm.diffusion.samplers import Step, find_sampler
 from ldm.errors import UserError, nearest
 from ldm.families.load import load as load_model
 from ldm.families.source import INDEX
 from ldm.files import digest
+from ldm.models.autoencoder import Gaussian
 from ldm.recipe import Made, Recipe, Request, versions
-from ldm.shapes import Image, Latent
+from ldm.shapes import Image, Latent, Sigmas
 
 ASSETS = Path(__file__).parent / "assets"
 EMBEDDED = "embedded"
@@ -37,6 +42,15 @@ class Batch(NamedTuple):
 
     requests: list[Request]
     rows: slice
+
+
+class Start(NamedTuple):
+    """The first state of a run; concat: what an inpainting model sees beside it; known, mask: see `keep`."""
+
+    x: Latent
+    concat: Latent | None = None
+    known: Latent | None = None
+    mask: Latent | None = None
 
 
 def batches(requests: Sequence[Request], size: int, made: Made | None = None) -> list[Batch]:
@@ -103,6 +117,7 @@ class Pipeline:
         self.denoiser = model.denoiser()
         assert model.backbone is not None and model.conditioner is not None  # a denoiser has both
         self.conditioner = model.conditioner
+        self.adapters: list[Callable[[Conditional], Conditional]] = []  # each wraps the denoiser before guidance does
         self.multiple = model.autoencoder.factor * model.backbone.config.factor
 
     def complete(self, request: Request) -> Request:
@@ -123,9 +138,11 @@ class Pipeline:
         if r.clip_skip is not None:
             text = self.conditioner.config
             _between("clip skip", r.clip_skip, 1, min(t.layers for t in (text, text.second or text)))
+        if r.strength is not None:
+            self._levels(r)
         for name, side in (("width", r.width), ("height", r.height)):
-            _between(name, side, self.multiple, MAX_SIDE)
-            if side % self.multiple:
+            _between(name, side, self.multiple if r.strength is None else 1, MAX_SIDE)
+            if r.strength is None and side % self.multiple:
                 low = side // self.multiple * self.multiple
                 raise UserError(
                     f"{name} {side} is not a multiple of {self.multiple}, which this model needs: "
@@ -133,16 +150,39 @@ class Pipeline:
                 )
         return r
 
-    def requests(self, base: Request, prompts: Sequence[str], n: int = 1) -> list[Request]:
+    def requests(
+        self, base: Request, prompts: Sequence[str], n: int = 1, canvas: Canvas | None = None
+    ) -> list[Request]:
         """Complete requests for n pictures of each prompt, in order; picture i of the run has seed base.seed + i."""
+        if canvas is not None:
+            base = canvas.request(base)
+        elif base.strength is not None:
+            raise UserError(f"strength {base.strength:g} is of a picture to start from: give that as --init-image")
         wanted = [prompt for prompt in prompts for _ in range(n)]
         return [self.complete(replace(base, prompt=p, seed=base.seed + i)) for i, p in enumerate(wanted)]
 
-    @torch.no_grad()
-    def sample(self, requests: Sequence[Request]) -> Iterator[Step]:
-        """The steps of one batch; `decode(step.x0)` is a preview, and the last step's x the pictures.
+    def _levels(self, r: Request) -> Sigmas:
+        """The noise levels of a run: all, or the last ones where it starts from a picture. UserError where none are."""
+        assert r.steps and r.schedule
+        sigmas = self.denoiser.schedule.steps(r.steps, r.schedule)
+        if r.strength is None:
+            return sigmas
+        if not 0 < r.strength <= 1:
+            raise UserError(f"strength is {r.strength:g}: choose above 0, little changes, to 1, all does")
+        count = int(r.steps * r.strength)
+        if count == 0:
+            raise UserError(f"strength {r.strength:g} of {r.steps} steps leaves none to do: give more steps")
+        return sigmas[r.steps - count :]
 
-        The requests may differ in prompt, negative and seed alone (ValueError).
+    def steps(self, request: Request) -> int:
+        """How many steps a request's run has."""
+        return len(self._levels(self.complete(request))) - 1
+
+    @torch.no_grad()
+    def sample(self, requests: Sequence[Request], canvas: Canvas | None = None) -> Iterator[Step]:
+        """The steps of one batch; `decode(step.x0)` is a preview, `finish(step.x, canvas)` of the last the pictures.
+
+        The requests may differ in prompt, negative and seed alone (ValueError). canvas: what they start from.
         """
         requests = [self.complete(request) for request in requests]
         r = requests[0]
@@ -150,34 +190,62 @@ class Pipeline:
             raise ValueError("requests of one batch differ in more than prompt, negative and seed")
         if r.sampler in ALONE and len(requests) > 1:
             raise ValueError(f"{r.sampler} makes one picture at a time: see `batches`")
-        assert r.sampler and r.schedule and r.steps and r.width and r.height and r.cfg_scale is not None
-        schedule, factor = self.denoiser.schedule, self.model.autoencoder.factor
+        if (r.strength is None) != (canvas is None):
+            raise ValueError(f"strength {r.strength} with canvas {canvas}: see `Canvas.request`")
+        assert r.sampler and r.width and r.height and r.cfg_scale is not None
+        sigmas, noise = self._levels(r), SeededNoise([o.seed for o in requests])
         texts = [o.prompt for o in requests], [o.negative for o in requests]
         cond, uncond = self.conditioner.pair(*texts, (r.height, r.width), r.clip_skip)
-        canvas = self._canvas(len(requests), r)
-        denoise = cfg(self.denoiser, replace(cond, concat=canvas), replace(uncond, concat=canvas), r.cfg_scale)
-        sigmas = schedule.steps(r.steps, r.schedule)
-        noise = SeededNoise([o.seed for o in requests])
-        shape = (len(requests), self.model.spec.autoencoder.z_channels, r.height // factor, r.width // factor)
-        x = noise(torch.empty(shape, device=self.made.device)) * schedule.start(float(sigmas[0]))
-        yield from find_sampler(r.sampler)(denoise, x, sigmas, noise)
+        start = self._start(r, noise, float(sigmas[0]), canvas)
+        cond, uncond = replace(cond, concat=start.concat), replace(uncond, concat=start.concat)
+        denoiser = reduce(lambda inner, adapter: adapter(inner), self.adapters, self.denoiser)
+        denoise = cfg(denoiser, cond, uncond, r.cfg_scale)
+        if start.known is not None and start.mask is not None:
+            denoise = keep(denoise, start.known, start.mask)
+        yield from find_sampler(r.sampler)(denoise, start.x, sigmas, noise)
 
-    def _canvas(self, n: int, r: Request) -> Latent | None:
-        """What an inpainting model sees beside its latent: here a mask that is full, and a picture that is empty."""
-        autoencoder = self.model.autoencoder
-        backbone = self.model.spec.backbone
-        if backbone is None or backbone.in_channels == backbone.out_channels:
-            return None
-        assert r.width and r.height
-        dtype = next(autoencoder.parameters()).dtype
-        empty = torch.zeros((1, 3, r.height, r.width), device=self.made.device, dtype=dtype)
-        latent = autoencoder.encode(empty).mode
-        return torch.cat([torch.ones_like(latent[:, :1]), latent], dim=1).expand(n, -1, -1, -1)
+    def _start(self, r: Request, noise: SeededNoise, sigma: float, canvas: Canvas | None) -> Start:
+        """The first state, and what holds it to a picture that is there; draws noise in the order of diffusers."""
+        backbone, autoencoder = self.model.spec.backbone, self.model.autoencoder
+        assert backbone and r.height and r.width
+        height, width = (math.ceil(side / self.multiple) * self.multiple for side in (r.height, r.width))
+        cells = (height // autoencoder.factor, width // autoencoder.factor)
+        empty = torch.empty((len(noise.generators), autoencoder.config.z_channels, *cells), device=self.made.device)
+        scale, inpaints = self.denoiser.schedule.start(sigma), backbone.in_channels > backbone.out_channels
+        canvas = canvas and canvas.padded(height, width)
+        mask = None if canvas is None else canvas.mask
+        anew = mask is not None and r.strength == 1  # under the mask nothing is left of what was there
+        known = None
+        if canvas is not None and not (anew and inpaints):
+            known = self.encode(canvas.image).sample(noise(empty))
+        eps = noise(empty)
+        x = eps * scale if known is None else known.add(eps, alpha=sigma)
+        painted = None if mask is None else F.adaptive_max_pool2d(mask, cells).to(x)
+        if inpaints:
+            if canvas is None or mask is None or painted is None:  # a mask that is full, and a picture that is empty
+                painted, rest = torch.ones_like(empty[:, :1]), self.encode(torch.zeros((1, 3, height, width))).mode
+            else:
+                painted, rest = painted.round(), self.encode(canvas.image * (mask < 0.5)).sample(noise(empty))
+            n = len(empty)
+            return Start(x, concat=torch.cat([painted.expand(n, -1, -1, -1), rest.expand(n, -1, -1, -1)], dim=1))
+        if known is None or painted is None:
+            return Start(x)
+        return Start(x.lerp(eps * scale, painted) if anew else x, known=known, mask=painted)
+
+    def encode(self, image: Image) -> Gaussian:
+        """Latents of pictures, in fp32."""
+        weight = next(self.model.autoencoder.parameters())
+        return Gaussian(*(part.float() for part in self.model.autoencoder.encode(image.to(weight))))
 
     @torch.no_grad()
     def decode(self, latents: Latent) -> Image:
         """Pictures of latents, one at a time to keep memory small; UserError where they are not finite even in fp32."""
         return torch.cat([self._decode(latent) for latent in latents.split(1)])
+
+    def finish(self, latents: Latent, canvas: Canvas | None = None) -> Image:
+        """The pictures of a run's last state: those of `decode`, and what a canvas keeps as it was."""
+        pictures = self.decode(latents)
+        return pictures if canvas is None else canvas.finish(pictures)
 
     def _decode(self, latent: Latent) -> Image:
         autoencoder = self.model.autoencoder
@@ -188,15 +256,19 @@ class Pipeline:
             raise UserError("the picture came out as NaN, in fp32 too: nothing was written; try --precision fp32")
         return image
 
-    def txt2img(self, *requests: Request) -> Image:
-        """(b, 3, h, w) in [-1, 1]: a picture for each request, made as one batch."""
-        *_, last = self.sample(requests)
-        return self.decode(last.x)
+    def paint(self, *requests: Request, canvas: Canvas | None = None) -> Image:
+        """(b, 3, h, w) in [-1, 1]: a picture for each request, made as one batch; canvas: what they start from."""
+        *_, last = self.sample([canvas.request(r) for r in requests] if canvas else requests, canvas)
+        return self.finish(last.x, canvas)
 
-    def recipes(self, batch: Batch) -> list[Recipe]:
+    def txt2img(self, *requests: Request) -> Image:
+        """Pictures from noise alone: see `paint`."""
+        return self.paint(*requests)
+
+    def recipes(self, batch: Batch, canvas: Canvas | None = None) -> list[Recipe]:
         """The recipe of each wanted picture of a batch."""
-        size = len(batch.requests)
-        made = [replace(self.made, batch=size, row=row) for row in range(size)]
+        size, inputs = len(batch.requests), {"canvas": canvas.digest} if canvas else {}
+        made = [replace(self.made, batch=size, row=row, inputs=inputs) for row in range(size)]
         return [Recipe(self.complete(r), m) for r, m in zip(batch.requests, made, strict=True)][batch.rows]
 
     def check(self, made: Made) -> None:

@@ -2,7 +2,7 @@
 
 import json
 import platform
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 import ldm
 from ldm import config, images
 from ldm.errors import UserError
+from ldm.request import Request as Request
 
 CHUNK = "ldm"  # the PNG text chunk that holds a Recipe as JSON
 FORMAT = 1
@@ -38,32 +39,12 @@ A1111_SAMPLERS = {
 
 
 @dataclass(frozen=True)
-class Request:
-    """One picture to be made. What is None is the model's own default (`Pipeline.complete` fills it in).
-
-    seed: of all the noise of this picture; schedule: how the steps are spaced over the noise levels; sizes in pixels;
-    clip_skip: which layer of the text tower is read, counted from the last, 1.
-    """
-
-    prompt: str
-    negative: str = ""
-    seed: int = 0
-    sampler: str | None = None
-    schedule: str | None = None
-    steps: int | None = None
-    cfg_scale: float | None = None
-    width: int | None = None
-    height: int | None = None
-    clip_skip: int | None = None
-
-
-@dataclass(frozen=True)
 class Made:
     """By what a picture was made: together with the Request this decides every bit of it on one machine.
 
     model: a name and never a path, for a picture should not tell of the disk it was made on; model_hash: the file's
     sha256. batch, row: its place among those made at once, as the last bits of arithmetic differ with the batch's size.
-    vae: the name of another autoencoder than the model's own.
+    vae: the name of another autoencoder than the model's own. inputs: sha256 of what else went in, by kind.
     """
 
     model: str = ""
@@ -75,6 +56,7 @@ class Made:
     batch: int = 1
     row: int = 0
     vae: str = ""
+    inputs: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not 0 <= self.row < self.batch <= MAX_BATCH:
@@ -96,7 +78,10 @@ class Recipe:
 
     def text(self) -> dict[str, str]:
         """The PNG text chunks: A1111's `parameters`, and our own with everything."""
-        return {"parameters": self.parameters(), CHUNK: json.dumps(config.to_dict(self), ensure_ascii=False)}
+        data = config.to_dict(self)
+        usual = {f.name: f.default for f in fields(Request)}  # left out, so that older versions read what they can make
+        data["request"] = {name: value for name, value in data["request"].items() if value != usual[name]}
+        return {"parameters": self.parameters(), CHUNK: json.dumps(data, ensure_ascii=False)}
 
     def parameters(self) -> str:
         """The recipe as AUTOMATIC1111's web UI writes it."""

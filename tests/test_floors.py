@@ -7,11 +7,11 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FLOORS = (
-    {"shapes", "errors", "config", "conditioning", "files"},
+    {"shapes", "errors", "config", "conditioning", "files", "request"},
     {"diffusion", "models", "data"},
     {"text", "adapters"},
     {"checkpoints"},
-    {"families", "images", "recipe"},
+    {"families", "images", "recipe", "canvas"},
     {"pipeline", "training", "evaluation"},
     {"serving", "scripts"},
 )
@@ -19,7 +19,9 @@ FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 SIBLINGS = {
     ("training", "pipeline"),  # previews
     ("training", "evaluation"),  # metrics
+    ("evaluation", "pipeline"),  # pictures to judge
     ("recipe", "images"),  # a recipe lives in a picture's file
+    ("canvas", "images"),  # read from pictures' files
 }
 ORACLES = {"diffusers", "transformers", "pytest", "hypothesis", "beartype"}  # tests may, the package may not
 

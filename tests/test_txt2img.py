@@ -265,3 +265,28 @@ def test_help_is_there_before_torch(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     for flag in ("--prompt", "--from-image", "--cfg-scale", "--grid"):
         assert flag in done.stdout
+
+
+def test_a_picture_to_start_from(command: Command, tmp_path: Path) -> None:
+    """Its size is kept, its recipe made again with the same picture, and the flags that need it say so."""
+    Image.effect_noise((30, 22), 90).convert("RGB").save(tmp_path / "first.png")
+    Image.new("L", (15, 22), 255).save(tmp_path / "half.png")
+    first = ["--init-image", tmp_path / "first.png"]
+    (path,) = command.run("--prompt", "a", "--seed", 3, *first, "--strength", 0.5)
+    assert Image.open(path).size == (30, 22)
+    made = recipe.read(path)
+    assert made.request.strength == 0.5 and len(made.made.inputs["canvas"]) == 64
+    (again,) = command.run("--from-image", path, *first)
+    assert digest(again) == digest(path)
+    (grown,) = command.run("--prompt", "a", *first, "--expand", 4)
+    assert Image.open(grown).size == (38, 30)
+    (scaled,) = command.run("--prompt", "a", *first, "--width", 16)
+    assert Image.open(scaled).size == (16, 22)
+    for old in (path, again, grown, scaled):
+        old.rename(tmp_path / old.name)
+    old = tmp_path / path.name
+    assert "give that as --init-image" in command.fails("--from-image", old)
+    assert "give it as --init-image" in command.fails("--prompt", "a", "--mask", old)
+    assert "mask" in command.fails("--prompt", "a", *first, "--mask", tmp_path / "half.png")
+    assert "cannot read" in command.fails("--prompt", "a", "--init-image", SCRIPT)
+    assert "strength 0.5 is of a picture" in command.fails("--prompt", "a", "--strength", 0.5)
