@@ -1,12 +1,14 @@
 """Checkpoints that are whole or absent: a folder `checkpoints/00001000` made complete by one rename.
 
 It holds state.safetensors, state.json, and manifest.json with the sha256 of both; all are on the disk before the folder
-gets its name. Nothing is pickled. A damaged checkpoint is put aside, loudly, and the one before it serves.
+gets its name. Nothing is pickled. A damaged checkpoint is put aside, loudly, and the one before it serves. A `Writer`
+does all this beside the training, which waits for no more than a copy of the tensors.
 """
 
 import json
 import shutil
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,23 +23,73 @@ TENSORS, STATE, MANIFEST = "state.safetensors", "state.json", "manifest.json"
 Saved = tuple[dict[str, Tensor], dict[str, Any]]
 
 
-def write(folder: Path, step: int, saved: Saved, keep: int) -> Path:
-    """Write the checkpoint of a step; only when it stands do those before the last `keep` go.
+class Writer:
+    """Does one piece of work at a time in a thread, for as long as a `with` block lasts.
+
+    What goes wrong in it is raised by the next call. After Ctrl-C it is left as it is: half a checkpoint is none.
+    """
+
+    def __init__(self) -> None:
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+
+    def __enter__(self) -> "Writer":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
+        if kind is None:
+            self.wait()
+        elif self._thread and issubclass(kind, Exception):
+            self._thread.join()
+
+    def start(self, work: Callable[[], Any]) -> None:
+        """Wait for the work before, then begin this one."""
+        self.wait()
+        self._thread = threading.Thread(target=self._do, args=(work,), daemon=True)
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Until nothing is left to do."""
+        if self._thread:
+            self._thread.join()
+        self.check()
+
+    def check(self) -> None:
+        """Raise what went wrong, if something did."""
+        error, self._error = self._error, None
+        if error:
+            raise error
+
+    def _do(self, work: Callable[[], Any]) -> None:
+        try:
+            work()
+        except BaseException as error:
+            self._error = error
+
+
+def copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same values on the CPU, in memory of their own."""
+    return {name: value.detach().to("cpu", copy=True) for name, value in tensors.items()}
+
+
+def write(folder: Path, step: int, saved: Saved, keep: int, keep_every: int = 0) -> Path:
+    """Write the checkpoint of a step; only when it stands do others go: not the last `keep`, nor every n-th step's.
 
     UserError where the disk is full or the folder cannot be written: older checkpoints are then all there.
     """
     target, partial = folder / f"{step:08d}", folder / f".{step:08d}.partial"
+    if target.exists():  # the state of a step is what it is
+        return target
     try:
         _fill(partial, saved)
-        if target.exists():
-            shutil.rmtree(target)
         partial.rename(target)
         flush(folder)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise UserError(f"cannot write the checkpoint {str(target)!r}: {error}") from None
     for old in complete(folder)[: -max(keep, 1)]:
-        shutil.rmtree(old)
+        if not keep_every or int(old.name) % keep_every:
+            shutil.rmtree(old.rename(folder / f".{old.name}.partial"))
     return target
 
 
@@ -61,12 +113,11 @@ def complete(folder: Path) -> list[Path]:
 def newest(folder: Path, warn: Callable[[str], None]) -> tuple[Path, Saved] | None:
     """The newest checkpoint whose files are what its manifest says; None where there is none.
 
-    Damaged ones are renamed to `damaged-*` and `warn` is told. UserError where all that are there are damaged.
+    Damaged ones are renamed to `damaged-*` and `warn` is told. UserError where all that were ever there are damaged.
     """
     for partial in folder.glob(".*.partial"):
         shutil.rmtree(partial)
-    candidates = complete(folder)[::-1]
-    for path in candidates:
+    for path in complete(folder)[::-1]:
         fault = _fault(path)
         if fault is None:
             return path, (load_file(path / TENSORS), json.loads((path / STATE).read_text()))
@@ -74,7 +125,7 @@ def newest(folder: Path, warn: Callable[[str], None]) -> tuple[Path, Saved] | No
         shutil.rmtree(aside, ignore_errors=True)
         path.rename(aside)
         warn(f"checkpoint {str(path)!r} is damaged ({fault}): it is now {aside.name!r}, the one before it is taken")
-    if candidates:
+    if any(folder.glob("damaged-*")):
         raise UserError(f"every checkpoint in {str(folder)!r} is damaged: start again in another --run folder")
     return None
 

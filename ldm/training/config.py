@@ -41,8 +41,9 @@ class EmaConfig:
 class RunConfig:
     """One step is one optimiser update over `batch_size` samples, whatever the number of processes.
 
-    `*_every` are in steps, 0 for the end only; keep: checkpoints that stay; validate_on: held-back images; trackers: of
-    accelerate, for curves.
+    `*_every` are in steps, 0 for the end only; keep: checkpoints that stay, besides those at multiples of keep_every (0
+    for none); validate_on: held-back images; max_skipped: steps in a row that may be left out because something is not
+    finite, before the run stops; timeout: seconds that processes wait for each other; trackers: of accelerate.
     """
 
     steps: int
@@ -51,12 +52,16 @@ class RunConfig:
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     checkpoint_every: int = 1000
     keep: int = 2
+    keep_every: int = 0
+    export_every: int = 0
     sample_every: int = 1000
     validate_every: int = 1000
     validate_on: int = 256
     log_every: int = 50
     channels_last: bool = False
     compile: bool = False
+    max_skipped: int = 10
+    timeout: int = 600
     trackers: tuple[str, ...] = ("tensorboard",)
     ema: EmaConfig = EmaConfig()
 
@@ -108,10 +113,28 @@ class TextRun:
 
 @dataclass(frozen=True)
 class DenoisingLoss:
-    """weighting: of the noise levels; caption_dropout: share of samples that see the empty caption, for guidance."""
+    """weighting: of the noise levels, with its own gamma (None: the paper's); importance: draw levels by their losses.
 
-    weighting: Literal["uniform", "snr", "min_snr", "soft_min_snr"] = "uniform"
+    vlb: weight of the bound that trains variances, where the UNet has twice the latent's channels; 1 is the paper's
+    0.001 of the sum over 1,000 steps. offset, pyramid: strength of such noise; perturbation: of noise that only the
+    input has; pairing: how many samples share out their noise among them by optimal transport; 0 is none of it.
+    caption_dropout: share of samples that see the empty caption, for guidance.
+    """
+
+    weighting: Literal["uniform", "snr", "min_snr", "soft_min_snr", "p2", "edm"] = "uniform"
+    gamma: float | None = None
+    importance: bool = False
+    vlb: float = 1.0
+    offset: float = 0.0
+    pyramid: float = 0.0
+    perturbation: float = 0.0
+    pairing: int = 0
     caption_dropout: float = 0.1
+
+    def __post_init__(self) -> None:
+        for name in ("vlb", "offset", "pyramid", "perturbation", "pairing", "caption_dropout"):
+            if getattr(self, name) < 0 or (name == "caption_dropout" and self.caption_dropout > 1):
+                raise ValueError(f"{name} is {getattr(self, name)}: needs 0 or more, and a share at most 1")
 
 
 @dataclass(frozen=True)

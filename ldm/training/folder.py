@@ -1,19 +1,26 @@
 """The folder of a run: config.yaml, log.jsonl, samples, checkpoints, the model; and whether it may be gone on with."""
 
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from ldm import config, images
+from ldm.checkpoints import native
 from ldm.errors import UserError
-from ldm.files import replacing
+from ldm.files import flush, replacing
 from ldm.shapes import Image
+from ldm.training import checkpoint
 
 # What may change between two starts of one run: it moves no weight, save `steps`, which says how far to go.
 FREE: tuple[str, ...] = (
     "run.steps",
     "run.checkpoint_every",
     "run.keep",
+    "run.keep_every",
+    "run.export_every",
+    "run.max_skipped",
+    "run.timeout",
     "run.sample_every",
     "run.validate_every",
     "run.validate_on",
@@ -52,6 +59,19 @@ class RunFolder:
         with self.log.open("a") as file:
             file.write(json.dumps(record) + "\n")
 
+    def write_checkpoint(self, step: int, saved: checkpoint.Saved, keep: int, keep_every: int) -> None:
+        """After the log, on the disk: what a checkpoint goes on from is there."""
+        if self.log.exists():
+            flush(self.log)
+        checkpoint.write(self.checkpoints, step, saved, keep, keep_every)
+
+    def exported(self) -> int | None:
+        """The steps of the model that lies there."""
+        try:
+            return int(native.read_spec(self.model).provenance["steps"]) if self.model.exists() else None
+        except (UserError, KeyError):
+            return None
+
     def write_sample(self, step: int, pictures: Image, columns: int) -> None:
         sheet = images.grid(images.to_pixels(pictures), columns)[0]
         with replacing(self.path / "samples" / f"{step:08d}.png") as temporary:
@@ -60,6 +80,8 @@ class RunFolder:
 
 def check_same(settings: Any, before: dict[str, Any], path: Path) -> None:
     """UserError naming each field that differs from the run's own config, `before`, and may not."""
+    with suppress(UserError):  # of another kind, or of a program with other fields: they are named below
+        before = config.to_dict(config.from_dict(type(settings), before))  # fields that are newer than the run
     old, new = _flat(before), _flat(config.to_dict(settings))
     differing = sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name) and not _free(name))
     if differing:

@@ -1,6 +1,8 @@
-"""The watch over losses and gradients that are not finite."""
+"""The watch over inputs, losses and gradients that are not finite: a step that has one moves nothing."""
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -9,32 +11,71 @@ from torch import Tensor
 from ldm.data.dataset import Dataset
 from ldm.errors import UserError
 
+KINDS = ("input", "loss", "gradient")
+
 
 class Guard:
-    """Remembers, on the device, the first step whose loss or gradient was not finite; nothing may move from then on.
+    """Decides on the device which steps are left out; after `limit` of them in a row nothing may move any more.
 
-    The device is asked only in `check`, since asking a GPU makes it wait: a bad step may be reported some steps later,
-    but the weights are those before it.
+    The device is asked only in `check`, since asking a GPU makes it wait: a bad step may be said some steps later, but
+    it has moved nothing.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self.bad_step = torch.full((), -1, device=device)
+    def __init__(self, device: torch.device, limit: int) -> None:
+        self.limit, self.skipped = limit, 0
+        self._row = torch.zeros((), device=device)  # bad steps in a row, as the device knows them
+        self._seen_row = 0  # and as of the last check
+        self._inputs: list[Tensor] = []
+        self._unread: list[tuple[int, Tensor]] = []
 
-    def see(self, step: int, values: list[Tensor], accelerator: Accelerator) -> Tensor:
-        """1.0 if this or an earlier step was bad in any process, else 0.0."""
-        bad = ~torch.stack(values).isfinite().all()
+    def look(self, batch: dict[str, Any]) -> None:
+        """Note the numbers of a part of the batch."""
+        self._inputs += [v for v in batch.values() if isinstance(v, Tensor) and v.is_floating_point()]
+
+    def see(self, step: int, losses: Sequence[Tensor], norms: Sequence[Tensor], accelerator: Accelerator) -> Tensor:
+        """1.0 if this step is to be left out, in all processes, else 0.0."""
+        kinds = [[v.isfinite().all() for v in values] for values in (self._inputs, losses, norms)]
+        self._inputs = []
+        good = torch.ones((), dtype=torch.bool, device=self._row.device)
+        bad = torch.stack([~torch.stack([*kind, good]).all() for kind in kinds]).float()
         if accelerator.num_processes > 1:
-            bad = accelerator.reduce(bad.float(), "sum") > 0
-        self.bad_step = torch.where(bad & (self.bad_step < 0), step, self.bad_step)
-        return (self.bad_step >= 0).float()
+            bad = accelerator.reduce(bad, "sum")
+        self._unread.append((step, bad))
+        skip = (bad.sum() > 0) | (self._row >= self.limit)
+        self._row = torch.where(skip, self._row + 1, 0)
+        return skip.float()
 
-    def check(self, dataset: Dataset, batch_size: int, good: Path | None) -> None:
-        """UserError with the step, the keys of its batch and the last good checkpoint, if a step was bad."""
-        step = int(self.bad_step)
-        if step < 0:
-            return
-        keys = dataset.__getitems__(range(step * batch_size, (step + 1) * batch_size))["key"]
-        raise UserError(
-            f"the loss or a gradient of step {step + 1} is not finite; the last good checkpoint is {good or 'none'}. "
-            f"Look at its samples or take a lower --optim.lr or --run.precision fp32. Its keys: {', '.join(keys)}"
-        )
+    def check(self, dataset: Dataset, batch_size: int, say: Callable[[str], None], saved: Path) -> None:
+        """Say which steps since the last check were left out, why, and the keys of their batches.
+
+        UserError where they were too many in a row; `saved` is the folder of the checkpoints.
+        """
+        unread, self._unread = self._unread, []
+        flags = torch.stack([bad for _, bad in unread]).tolist() if unread else []
+        for (step, _), bad in zip(unread, flags, strict=True):
+            self._seen_row = self._seen_row + 1 if any(bad) else 0
+            if not self._seen_row:
+                continue
+            self.skipped += 1
+            keys = dataset.__getitems__(range(step * batch_size, (step + 1) * batch_size))["key"]
+            kinds = ", ".join(kind for kind, flag in zip(KINDS, bad, strict=True) if flag)
+            fact = f"Not finite: {kinds}. Keys: {', '.join(keys)}"
+            if self._seen_row >= self.limit:
+                raise UserError(
+                    f"{self.limit} steps in a row were left out, the last is step {step + 1}; saved is {saved}. "
+                    f"Look at the samples, or take a lower --optim.lr or --run.precision fp32. {fact}"
+                )
+            say(f"step {step + 1} is left out, nothing moved. {fact}")
+
+    def read(self) -> dict[str, int]:
+        """How many were left out since the last line of the log, if any; begins anew."""
+        skipped, self.skipped = self.skipped, 0
+        return {"skipped": skipped} if skipped else {}
+
+    def state(self) -> dict[str, int]:
+        """As of the last check."""
+        return {"in_a_row": self._seen_row, "skipped": self.skipped}
+
+    def restore(self, state: dict[str, int]) -> None:
+        self._seen_row, self.skipped = state["in_a_row"], state["skipped"]
+        self._row.fill_(self._seen_row)

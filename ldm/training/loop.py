@@ -4,14 +4,13 @@ Nothing random lives here. Data, noise and every other choice of a sample follow
 stream, so what a checkpoint needs besides tensors is one number, the step.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
 
 from ldm import config as configs
@@ -19,14 +18,16 @@ from ldm.data.dataset import Dataset, loader
 from ldm.errors import UserError
 from ldm.shapes import Image
 from ldm.training import checkpoint
-from ldm.training.config import LdmRun, OptimConfig, RunConfig, VaeRun
+from ldm.training.checkpoint import Writer
+from ldm.training.config import LdmRun, VaeRun
 from ldm.training.ema import Ema
 from ldm.training.folder import RunFolder, check_same
 from ldm.training.guard import Guard
-from ldm.training.learner import Learner, Objective
-from ldm.training.meter import Clock, Meter
+from ldm.training.learner import Learner, Losses, Objective
+from ldm.training.meter import Clock, Meter, memory
 from ldm.training.optim import rate
-from ldm.training.progress import Bar
+from ldm.training.processes import Processes
+from ldm.training.progress import Bar, facts
 from ldm.training.signals import interrupts
 from ldm.training.state import restore, snapshot
 
@@ -61,98 +62,125 @@ class Outcome:
 def train(task: Task, config: VaeRun | LdmRun, path: Path) -> Outcome:
     """Train to the last step, from the newest checkpoint in `path` if there is one.
 
-    UserError where the folder belongs to another run, the disk is full, or a loss is not finite.
+    UserError where the folder belongs to another run, the disk is full, too many steps in a row are not finite, or
+    another process of the run is gone.
     """
     run, optim = config.run, config.optim
     folder = RunFolder(path)
-    accelerator = Accelerator(mixed_precision=precision(run), log_with=list(run.trackers) or None, project_dir=path)
-    device, main = accelerator.device, accelerator.is_main_process
-    _check_shares(run, optim, accelerator.num_processes)
+    processes = Processes(run, optim, path)
+    accelerator, device, main = processes.accelerator, processes.device, processes.main
     if device.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.benchmark = True
 
-    layout = torch.channels_last if run.channels_last else torch.preserve_format
-    with accelerator.main_process_first():  # what it may prepare on disk is then there for the others
-        task.to(device)
-    for network in task.networks.values():
-        network.to(memory_format=layout)  # type: ignore[call-overload]
-    learners = [Learner(objective, optim, accelerator, main=i == 0) for i, objective in enumerate(task.objectives())]
-    optimizers = {learner.objective.name: learner.optimizer for learner in learners}
-    ema = Ema([p for name in task.averaged for p in task.networks[name].parameters() if p.requires_grad], run.ema)
-    meter, guard = Meter(device), Guard(device)
+    with processes.together(), Bar(run.steps, shown=main) as bar, interrupts() as interrupted, Writer() as writer:
+        with processes.main_first():  # what it may prepare on disk is then there for the others
+            task.to(device)
+        for network in task.networks.values():
+            layout = torch.channels_last if run.channels_last else torch.preserve_format
+            network.to(memory_format=layout)  # type: ignore[call-overload]
+        objectives = task.objectives()
+        learners = [Learner(objective, optim, accelerator, main=i == 0) for i, objective in enumerate(objectives)]
+        optimizers = {learner.objective.name: learner.optimizer for learner in learners}
+        ema = Ema([p for name in task.averaged for p in task.networks[name].parameters() if p.requires_grad], run.ema)
+        meter, guard, clock = Meter(device), Guard(device, run.max_skipped), Clock()
 
-    def resume(say: Callable[[str], None]) -> int:
-        with accelerator.main_process_first():  # damaged ones are put aside once
-            found = checkpoint.newest(folder.checkpoints, say)
-        if found is None:
-            return 0
-        saved_in, (tensors, state) = found
-        check_same(config, state["config"], path)
-        restore(tensors, task.networks, ema, optimizers)
-        meter.restore(state["meter"])
-        say(f"going on from {saved_in}")
-        return int(state["step"])
-
-    @contextmanager
-    def evaluating() -> Iterator[None]:
-        """With the averaged weights, and not compiled once more for other shapes and without gradients."""
-        with ema.applied(), torch.no_grad(), accelerator.autocast(), torch.compiler.set_stance("force_eager"):
-            yield
-
-    with Bar(run.steps, shown=main) as bar, interrupts() as interrupted:
-        done = resume(bar.say)
-        if main:
-            folder.write_config(config)
-            folder.start_log(done)
-        accelerator.init_trackers("tensorboard")
+        def resume() -> int:
+            with processes.main_first():  # damaged ones are put aside once
+                found = checkpoint.newest(folder.checkpoints, bar.say)
+            step = found[1][1]["step"] if found else 0
+            if processes.extremes(step) != (step, step):
+                raise UserError(f"the processes see other checkpoints in {str(path)!r}: all machines need one folder")
+            if found:
+                saved_in, (tensors, state) = found
+                check_same(config, state["config"], path)
+                restore(tensors, task.networks, ema, optimizers)
+                if "guard" in state:  # older ones keep their means in another form: these begin anew
+                    meter.restore(state["meter"])
+                    guard.restore(state["guard"])
+                bar.say(f"going on from {saved_in}")
+            return int(step)
 
         def due(every: int) -> bool:
             return done == run.steps or (every > 0 and done % every == 0)
 
         def check() -> None:
-            guard.check(task.dataset, run.batch_size, next(iter(checkpoint.complete(folder.checkpoints)[::-1]), None))
+            """Whatever went wrong since, on the device or in the thread that writes."""
+            writer.check()
+            guard.check(task.dataset, run.batch_size, bar.say, folder.checkpoints)
 
         def save() -> None:
+            """Copy the state; the writing goes on beside the training."""
             check()
             if main:
-                state = {"step": done, "config": configs.to_dict(config), "meter": meter.state()}
-                checkpoint.write(folder.checkpoints, done, (snapshot(task.networks, ema, optimizers), state), run.keep)
-            accelerator.wait_for_everyone()
+                state = {"step": done, "config": configs.to_dict(config)}
+                state |= {"meter": meter.state(), "guard": guard.state()}
+                with clock.saving():
+                    writer.wait()
+                    saved = checkpoint.copied(snapshot(task.networks, ema, optimizers)), state
+                step = done
+                writer.start(lambda: folder.write_checkpoint(step, saved, run.keep, run.keep_every))
+
+        @contextmanager
+        def evaluating() -> Iterator[None]:
+            """With the averaged weights, and not compiled once more for other shapes and without gradients."""
+            with ema.applied(), torch.no_grad(), accelerator.autocast(), torch.compiler.set_stance("force_eager"):
+                yield
+            processes.wait()
 
         def export() -> None:
             if main:
                 provenance = {"config": configs.to_dict(config), "steps": done, "images": done * run.batch_size}
-                with evaluating():
-                    task.export(folder.model, provenance)
-            accelerator.wait_for_everyone()
+                task.export(folder.model, provenance)
 
+        def evaluate() -> dict[str, float]:
+            report: dict[str, float] = {}
+            with evaluating():
+                if main and due(run.validate_every):
+                    report = task.validate()
+                if main and due(run.sample_every):
+                    folder.write_sample(done, *task.sample())
+                if due(run.export_every):
+                    export()
+            return report
+
+        done = resume()
+        if main:
+            folder.write_config(config)
+            folder.start_log(done)
+        accelerator.init_trackers("tensorboard")
         batches = loader(
             task.dataset,
             run.batch_size // optim.accumulate,
             start=done * run.batch_size,
             stop=run.steps * run.batch_size,
-            rank=accelerator.process_index,
-            world=accelerator.num_processes,
+            rank=processes.rank,
+            world=processes.count,
             workers=config.data.workers,
         )
-        clock = Clock()
+        if done >= run.steps and processes.extremes(folder.exported() != done)[1]:
+            with evaluating():
+                export()
+        number = 0
         bar.begin(done)
         while done < run.steps:
             active = [learner for learner in learners if done >= learner.objective.start]
+            losses: list[Losses] = []
             for part in range(1, optim.accumulate + 1):
                 with clock.waiting():
                     read = next(batches)
                 batch = {"step": done} | {name: _moved(value, device) for name, value in read.items()}
-                for learner in active:
-                    losses = learner.backward(batch, optim.accumulate, last=part == optim.accumulate)
-                    meter.add(losses, 1 / optim.accumulate)
+                guard.look(batch)
+                last = part == optim.accumulate
+                losses += [learner.backward(batch, optim.accumulate, last=last) for learner in active]
             norms = [learner.clip() for learner in active]
-            stopped = guard.see(done, [*norms, *(learner.loss for learner in active)], accelerator)
+            skip = guard.see(done, [learner.loss for learner in active], norms, accelerator)
             lr = rate(optim, done, run.steps)
             for learner in active:
-                learner.step(lr, stopped)
-            ema.update(done, 1 - stopped)
-            meter.add({learner.tag("grad_norm"): norm for learner, norm in zip(active, norms, strict=True)})
+                learner.step(lr, skip)
+            ema.update(done, 1 - skip)
+            for values in losses:
+                meter.add(values, 1 / optim.accumulate, skip)
+            meter.add({learner.tag("grad_norm"): norm for learner, norm in zip(active, norms, strict=True)}, 1, skip)
             clock.images += run.batch_size
             done += 1
             bar.step()
@@ -161,52 +189,28 @@ def train(task: Task, config: VaeRun | LdmRun, path: Path) -> Outcome:
                 check()
             record: dict[str, Any] = {}
             if due(run.log_every):
-                record = meter.read(accelerator) | {"lr": lr} | clock.read()
-                bar.show(f"loss {record['loss']:.4g}  {record['images_per_s']:.4g} images/s")
+                record = meter.read(accelerator) | guard.read() | {"lr": lr} | clock.read() | memory(device)
+                bar.show(facts(record))
             with clock.paused():
-                if main and (due(run.validate_every) or due(run.sample_every)):
-                    with evaluating():
-                        if due(run.validate_every):
-                            record |= task.validate()
-                        if due(run.sample_every):
-                            folder.write_sample(done, *task.sample())
+                if due(run.validate_every) or due(run.sample_every) or due(run.export_every):
+                    record |= evaluate()
                 if main and record:
                     folder.write_log({"step": done, "images": done * run.batch_size} | record)
                     accelerator.log(record, step=done)
                 if due(run.checkpoint_every):
                     save()
-                    export()
-                number = interrupted()
-                if accelerator.num_processes > 1:  # all or none; asked for only where they wait for each other anyway
-                    number = _agreed(number, accelerator) if due(run.log_every) else 0
-                if number and done < run.steps:
-                    save()
-                    bar.say(f"stopped at step {done}, which is saved: the same command goes on from there")
-                    return Outcome(done, number)
-        if not folder.model.exists():
-            export()
-        bar.say(f"{done} steps are done, the model is {folder.model}; raise run.steps to train it further")
+            number = processes.extremes(interrupted() if done < run.steps else 0)[1]  # all stop, or none
+            if number:
+                save()
+                break
+        writer.wait()
+        if number:
+            bar.say(f"stopped at step {done}, which is saved: the same command goes on from there")
+        else:
+            bar.say(f"{done} steps are done, the model is {folder.model}; raise run.steps to train it further")
     accelerator.end_training()
-    return Outcome(done)
-
-
-def precision(run: RunConfig) -> str:
-    """accelerate's name for it: auto is bf16 on a GPU that has it, else fp32."""
-    if run.precision == "auto":
-        return "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False) else "no"
-    return {"fp32": "no", "bf16": "bf16"}[run.precision]
-
-
-def _check_shares(run: RunConfig, optim: OptimConfig, processes: int) -> None:
-    if run.batch_size % (processes * optim.accumulate):
-        shares = f"{processes} processes x optim.accumulate {optim.accumulate}"
-        raise UserError(f"run.batch_size {run.batch_size} cannot be shared evenly by {shares}")
+    return Outcome(done, number)
 
 
 def _moved(value: Any, device: torch.device) -> Any:
     return value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
-
-
-def _agreed(number: int, accelerator: Accelerator) -> int:
-    """The largest signal number that any process got."""
-    return int(accelerator.gather(torch.tensor([number], device=accelerator.device)).max())

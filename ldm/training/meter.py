@@ -7,44 +7,56 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from jaxtyping import Float
 from torch import Tensor
 
 
 class Meter:
-    """Means of scalars since the last line of the log."""
+    """Means of scalars since the last line of the log, and of histograms, which come as sums and counts (2, bins)."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.sums: dict[str, Tensor] = {}
-        self.counts: dict[str, float] = {}
+        self.sums: dict[str, Tensor] = {}  # (2,) or (2, bins): sum and count
 
-    def add(self, values: Mapping[str, Tensor], weight: float = 1.0) -> None:
+    def add(self, values: Mapping[str, Tensor], weight: float, skip: Tensor) -> None:
+        """`skip` 1: these are forgotten."""
         for name, value in values.items():
-            self.sums[name] = self.sums.get(name, torch.zeros((), device=self.device)) + value.float() * weight
-            self.counts[name] = self.counts.get(name, 0.0) + weight
+            pair = value.float() if value.ndim else torch.stack([value.float(), torch.ones_like(value.float())])
+            pair = torch.where(skip > 0, 0.0, pair * weight)
+            self.sums[name] = self.sums[name] + pair if name in self.sums else pair
 
-    def read(self, accelerator: Accelerator) -> dict[str, float]:
-        """The means over steps and processes; begins anew."""
-        values = torch.stack([value / self.counts[name] for name, value in self.sums.items()])
-        means = dict(zip(self.sums, accelerator.reduce(values, "mean").tolist(), strict=True))
-        self.sums, self.counts = {}, {}
-        return means
+    def read(self, accelerator: Accelerator) -> dict[str, Any]:
+        """The means over steps and processes, None or nothing where there is none; begins anew."""
+        record: dict[str, Any] = {}
+        for name, pair in self.sums.items():
+            total, count = accelerator.reduce(pair, "sum").tolist()
+            if isinstance(count, list):
+                record[name] = [t / c if c else None for t, c in zip(total, count, strict=True)]
+            elif count:
+                record[name] = total / count
+        self.sums = {}
+        return record
 
     def state(self) -> dict[str, Any]:
-        return {"sums": {name: value.item() for name, value in self.sums.items()}, "counts": self.counts}
+        return {name: value.tolist() for name, value in self.sums.items()}
 
     def restore(self, state: dict[str, Any]) -> None:
-        self.sums = {name: torch.tensor(value, device=self.device) for name, value in state["sums"].items()}
-        self.counts = dict(state["counts"])
+        self.sums = {name: torch.tensor(value, device=self.device) for name, value in state.items()}
+
+
+def binned(values: Float[Tensor, " b"], places: Float[Tensor, " b"], bins: int = 8) -> Float[Tensor, "2 bins"]:
+    """Sums and counts of values whose places in 0..1 fall into equal bins: a histogram for the log."""
+    rows = (places * bins).long().clamp(0, bins - 1)
+    return torch.zeros(2, bins, device=values.device).index_add(1, rows, torch.stack([values, torch.ones_like(values)]))
 
 
 class Clock:
-    """Seconds since the last line of the log, without pauses, and those of them that were spent waiting for data."""
+    """Seconds since the last line of the log: those in training, and those spent waiting for data or for a save."""
 
     def __init__(self) -> None:
         self.images = 0
         self._began = time.monotonic()
-        self._waited = 0.0
+        self._waited = self._saved = 0.0
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
@@ -53,14 +65,26 @@ class Clock:
         self._waited += time.monotonic() - began
 
     @contextmanager
+    def saving(self) -> Iterator[None]:
+        began = time.monotonic()
+        yield
+        self._saved += time.monotonic() - began
+
+    @contextmanager
     def paused(self) -> Iterator[None]:
         began = time.monotonic()
         yield
         self._began += time.monotonic() - began
 
     def read(self) -> dict[str, float]:
-        """Images a second, and the wait for data in seconds; begins anew."""
+        """Images a second without pauses; the seconds waited for data, and those that saves held it up. Begins anew."""
         seconds = time.monotonic() - self._began
-        record = {"images_per_s": round(self.images / seconds, 2), "data_wait_s": round(self._waited, 3)}
+        speed = {"images_per_s": round(self.images / seconds, 2), "data_wait_s": round(self._waited, 3)}
+        speed |= {"save_stall_s": round(self._saved, 4)}
         self.__init__()  # type: ignore[misc]
-        return record
+        return speed
+
+
+def memory(device: torch.device) -> dict[str, float]:
+    """The most memory that tensors took so far on a GPU."""
+    return {"gpu_gb": round(torch.cuda.max_memory_allocated(device) / 1e9, 3)} if device.type == "cuda" else {}

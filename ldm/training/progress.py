@@ -2,7 +2,9 @@
 
 import sys
 import time
+from collections.abc import Mapping
 from types import TracebackType
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -45,7 +47,7 @@ class Bar:
             self._progress.advance(self._task, count)
 
     def show(self, facts: str) -> None:
-        """Say how it goes, such as "loss 0.12, 300 images/s"."""
+        """Say how it goes, such as "loss 0.12  300 images/s"."""
         if self._progress:
             self._progress.update(self._task, facts=facts)
         elif self.shown and (time.monotonic() - self._last >= QUIET_SECONDS or self.done == self.steps):
@@ -59,3 +61,9 @@ class Bar:
             self._console.print(line, markup=False, highlight=False)
         elif self.shown:
             sys.stderr.write(line + "\n")
+
+
+def facts(record: Mapping[str, Any]) -> str:
+    """What a bar shows of a line of the log: "loss 0.12  300 images/s  31.2 GB"."""
+    forms = (("loss", "loss {:.4g}"), ("images_per_s", "{:.4g} images/s"), ("gpu_gb", "{:.1f} GB"))
+    return "  ".join(form.format(record[name]) for name, form in forms if name in record)

@@ -19,7 +19,7 @@ from ldm.training.loop import Outcome, train
 from ldm.training.tasks.autoencoder import AutoencoderTask
 from ldm.training.tasks.denoising import DenoisingTask
 
-TIMES = ("images_per_s", "data_wait_s")
+TIMES = ("images_per_s", "data_wait_s", "save_stall_s")
 
 
 def log(folder: Path) -> list[dict[str, Any]]:
@@ -157,34 +157,99 @@ def test_a_denoiser_learns_a_handful(ldm, tmp_path: Path):
     assert sum(losses[-20:]) / 20 < 0.6 * losses[0]
 
 
-@pytest.mark.parametrize("kind", ["vae", "ldm"])
-def test_a_loss_that_is_not_finite_stops_with_the_keys(kind: str, request: pytest.FixtureRequest, tmp_path: Path):
-    settings = request.getfixturevalue(kind)("--run.steps", "4", "--run.checkpoint_every", "2")
-    task = AutoencoderTask(settings) if kind == "vae" else DenoisingTask(settings)
-    objectives = task.objectives
-    seen: dict[str, Any] = {}
+def poisoned(task: Any, what: str, positions: set[int], seen: dict[int, Any]) -> None:
+    """From now on the input, loss or gradient of each batch with one of these positions is not finite.
 
-    def poisoned() -> list[Any]:
+    `seen` gets the parameters before each step.
+    """
+    objectives = task.objectives
+
+    def hit(batch: Batch) -> bool:
+        return bool(positions & set(batch["position"].tolist()))
+
+    def wrapped() -> list[Any]:
         first, *rest = objectives()
 
         def loss(batch: Batch) -> dict[str, torch.Tensor]:
+            seen[batch["step"]] = [p.clone() for p in first.networks[0].parameters()]
             losses = first.loss(batch)
-            if 9 in batch["position"]:  # in step 3
-                seen["before"] = [p.clone() for p in first.networks[0].parameters()]
+            if what == "loss" and hit(batch):
                 losses["loss"] = losses["loss"] * math.nan
+            if what == "gradient" and hit(batch):
+                losses["loss"].register_hook(lambda gradient: gradient * math.inf)
             return losses
 
         return [first._replace(loss=loss), *rest]
 
-    task.objectives = poisoned
-    with pytest.raises(UserError, match="step 3 is not finite") as error:
-        train(task, settings, tmp_path / "run")
-    assert "00000002" in str(error.value)
+    task.objectives = wrapped
+    if what == "input":
+        to = task.to
+        task.to = lambda device: (to(device), setattr(task, "dataset", Infinite(task.dataset, positions)))[0]
+
+
+class Infinite:
+    """A dataset of cached latents, one of which is infinite."""
+
+    def __init__(self, dataset: Any, positions: set[int]) -> None:
+        self.dataset, self.positions = dataset, positions
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitems__(self, positions: Sequence[int]) -> Batch:
+        batch = self.dataset.__getitems__(positions)
+        for row, position in enumerate(positions):
+            if position in self.positions:
+                batch["mean"][row, 0, 0, 0] = math.inf
+        return batch
+
+
+@pytest.mark.parametrize(
+    ("kind", "what"), [("vae", "loss"), ("vae", "gradient"), ("ldm", "loss"), ("ldm", "gradient"), ("ldm", "input")]
+)
+def test_what_is_not_finite_costs_its_step_only(
+    kind: str, what: str, request: pytest.FixtureRequest, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    cached = ["--cache", str(tmp_path)] if what == "input" else []
+    settings = request.getfixturevalue(kind)("--run.steps", "4", "--run.log_every", "2", *cached)
+    task = AutoencoderTask(settings) if kind == "vae" else DenoisingTask(settings)
+    seen: dict[int, Any] = {}
+    poisoned(task, what, {9}, seen)  # in step 3
+    assert train(task, settings, tmp_path / "run") == Outcome(4)
+    said = capsys.readouterr().err
+    assert said.count("is left out") == 1 and f"{what}" in said and "step 3" in said
     for key in task.dataset.__getitems__(range(8, 12))["key"]:
-        assert key in str(error.value)
-    after = list(objectives()[0].networks[0].parameters())
-    assert all(torch.equal(a, b) for a, b in zip(seen["before"], after, strict=True))
-    assert [record["step"] for record in log(tmp_path / "run")] == [1, 2]
+        assert key in said
+    assert all(torch.equal(a, b) for a, b in zip(seen[2], seen[3], strict=True))
+    assert not any(torch.equal(a, b) for a, b in zip(seen[1], seen[2], strict=True) if a.ndim > 1)
+    first, second = log(tmp_path / "run")
+    assert "skipped" not in first and second["skipped"] == 1
+    assert all(math.isfinite(value) for value in second.values())
+    _, (tensors, _) = checkpoint.newest(tmp_path / "run/checkpoints", print)
+    assert all(value.isfinite().all() for value in tensors.values())
+
+
+def test_the_average_does_not_move_in_a_step_left_out(ldm, run, tmp_path: Path):
+    settings = ldm("--run.steps", "3", "--run.checkpoint_every", "1", "--run.keep", "9")
+    task = DenoisingTask(settings)
+    poisoned(task, "loss", {9}, {})
+    train(task, settings, tmp_path / "run")
+    assert weights(tmp_path / "run", 1) != weights(tmp_path / "run", 2)
+    assert weights(tmp_path / "run", 2) == weights(tmp_path / "run", 3)  # networks, average and optimiser
+
+
+def test_too_many_in_a_row_stop_the_run_also_over_a_restart(ldm, run, tmp_path: Path):
+    overrides = ["--run.max_skipped", "3", "--run.checkpoint_every", "1", "--run.keep", "9", "--run.steps"]
+
+    def start(steps: int, bad: set[int]) -> None:
+        task = DenoisingTask(settings := ldm(*overrides, str(steps)))
+        poisoned(task, "loss", bad, {})
+        train(task, settings, tmp_path / "run")
+
+    start(6, {0, 5, 17, 21})  # two, two that are well, two
+    with pytest.raises(UserError, match="3 steps in a row were left out, the last is step 7;.*Not finite: loss"):
+        start(9, {25})
+    assert weights(tmp_path / "run", 6) == weights(tmp_path / "run", 4)
 
 
 def test_a_signal_saves_and_goes_on_bit_for_bit(ldm, run, tmp_path: Path):

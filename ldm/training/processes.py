@@ -1,0 +1,78 @@
+"""Several processes as one run: how they begin, wait for each other, agree, and notice that one of them is gone."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
+
+from ldm.errors import UserError
+from ldm.training.config import OptimConfig, RunConfig
+
+_PATIENCE = timedelta(days=7)  # for what one process does while the others wait: encoding pictures, validating
+_LOST = ("gloo", "nccl", "connection", "timed out", "timeout", "socket")  # in the words of those that were left
+
+
+class Processes:
+    """The processes of a run, this one among them. UserError where they cannot share the batch evenly."""
+
+    def __init__(self, run: RunConfig, optim: OptimConfig, path: Path) -> None:
+        self.accelerator = Accelerator(
+            mixed_precision=precision(run),
+            log_with=list(run.trackers) or None,
+            project_dir=path,
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=run.timeout))],
+        )
+        self.count, self.main = self.accelerator.num_processes, self.accelerator.is_main_process
+        self.rank, self.device = self.accelerator.process_index, self.accelerator.device
+        if run.batch_size % (self.count * optim.accumulate):
+            shares = f"{self.count} processes x optim.accumulate {optim.accumulate}"
+            raise UserError(f"run.batch_size {run.batch_size} cannot be shared evenly by {shares}")
+        self._patient = dist.new_group(backend="gloo", timeout=_PATIENCE) if self.count > 1 else None
+
+    def wait(self) -> None:
+        """Until all are here, however long that takes."""
+        if self._patient is not None:
+            dist.barrier(group=self._patient)
+
+    @contextmanager
+    def main_first(self) -> Iterator[None]:
+        """Within it the others find done what the main process prepares on the disk."""
+        if not self.main:
+            self.wait()
+        yield
+        if self.main:
+            self.wait()
+
+    def extremes(self, number: int) -> tuple[int, int]:
+        """The smallest and the largest that any process has."""
+        if self._patient is None:
+            return number, number
+        numbers = [torch.zeros((), dtype=torch.int64) for _ in range(self.count)]
+        dist.all_gather(numbers, torch.tensor(number), group=self._patient)
+        return int(min(numbers)), int(max(numbers))
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Turns the error of those that lost one of them into a line."""
+        try:
+            yield
+        except RuntimeError as error:
+            first = str(error).splitlines()[0] if str(error) else type(error).__name__
+            if self.count == 1 or not any(word in first.lower() for word in _LOST):
+                raise
+            raise UserError(
+                f"process {self.rank} of {self.count} stops, since another one is gone or hangs (its own message says "
+                f"why): {first}. The same command goes on from the last checkpoint"
+            ) from None
+
+
+def precision(run: RunConfig) -> str:
+    """accelerate's name for it: auto is bf16 on a GPU that has it, else fp32."""
+    if run.precision == "auto":
+        return "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False) else "no"
+    return {"fp32": "no", "bf16": "bf16"}[run.precision]
