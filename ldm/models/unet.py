@@ -185,7 +185,8 @@ def contract(
 ) -> tuple[Features, list[Features]]:
     """From the first features to the middle's, and every one on the way, which the way up will see again.
 
-    inner: features added on the way, one a level: before the halving where the level attends to the text, else after.
+    inner: features added on the way, one a level: before the halving where the level attends to the text, else after;
+    one more is the middle's.
     """
     skips = [h]
     for index, level in enumerate(net.down):
@@ -199,8 +200,9 @@ def contract(
             h = level.resample(h)
             skips.append(h)
         if inner and not attends:
-            h = h + inner[index]
-    return net.mid(h, time, cond), skips
+            skips[-1] = h = h + inner[index]
+    h = net.mid(h, time, cond)
+    return (h + inner[-1] if len(inner) > len(net.down) else h), skips
 
 
 def _transformer(config: UNetConfig, width: int, heads: int, depth: int) -> SpatialTransformer:

@@ -1,0 +1,150 @@
+"""Reading and writing what steers a UNet: ControlNets and T2I-Adapters of both layouts, from a file or a folder."""
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from ldm.checkpoints import control as names
+from ldm.checkpoints.files import Tensors, brief, open_tensors
+from ldm.checkpoints.keymap import KeyMap
+from ldm.checkpoints.native import finite
+from ldm.errors import UserError
+from ldm.families.folder import read_json, unet_from, unet_to
+from ldm.families.source import kind, weight_files
+from ldm.files import replacing, write_json
+from ldm.models.controlnet import ControlNet, T2IAdapter, T2IConfig
+from ldm.models.unet import UNetConfig
+from ldm.text.tower import TextConfig
+
+# Settings of ControlNetModel's config that a UNet's has not.
+_OWN = {"conditioning_channels", "conditioning_embedding_out_channels", "controlnet_conditioning_channel_order"}
+_VOID = {"global_pool_conditions", "encoder_hid_dim", "encoder_hid_dim_type", "class_embed_type", "num_class_embeds"}
+HINT = "controlnet_cond_embedding."
+_SPARE = re.compile(r".*\.position_ids|lora_controlnet")
+
+
+def load_control(
+    path: Path, like: UNetConfig, device: torch.device | str = "cpu", dtype: torch.dtype | None = torch.float32
+) -> ControlNet | T2IAdapter:
+    """A network that steers a UNet of config `like`. UserError where the file holds none, or one for another family.
+
+    path: a safetensors file, or diffusers' folder of one. dtype None: as stored.
+    """
+    folder = path.is_dir()
+    files = weight_files(path) if folder else [path]
+    with brief(), open_tensors([(file, "") for file in files]) as tensors:
+        try:
+            stated = read_json(path / "config.json") if folder else {}
+            with torch.device("meta"):
+                network, keymap = _understand(tensors, like, stated)
+            spare = [name for name in tensors if _SPARE.fullmatch(name)]
+            used = tensors.without(spare)
+            state = network.state_dict()
+            keymap.compare(used.shapes(), {name: tuple(value.shape) for name, value in state.items()})
+            dtype = dtype or tensors.main_dtype()
+            filled = {n: keymap.tensor(n, used, tuple(v.shape)).to(device, dtype) for n, v in state.items()}
+            broken = [name for name, value in filled.items() if not finite(value)]
+            if broken:
+                raise UserError(f"{broken[0]} is not finite")
+        except (UserError, ValueError) as error:
+            raise UserError(f"{str(path)!r} does not steer this model: {error}") from None
+        network.load_state_dict(filled, assign=True)
+    return network.eval().requires_grad_(False)
+
+
+def _understand(
+    tensors: Tensors, like: UNetConfig, stated: Mapping[str, Any]
+) -> tuple[ControlNet | T2IAdapter, KeyMap]:
+    """The network without weights, and where its tensors stand."""
+    shapes = tensors.shapes()
+    prefix = "control_model." if "control_model.input_hint_block.0.weight" in shapes else ""
+    if f"{HINT}conv_in.weight" in shapes:
+        steered = replace(_config(stated), in_channels=like.in_channels) if stated else like
+        mine, its = ((c.channels, c.res_blocks, c.context_dim, c.vector_dim) for c in (like, steered))
+        if mine != its:
+            raise UserError(f"it is for a UNet of widths {steered.channels} and contexts of {steered.context_dim}")
+        widths = [shapes[f"{HINT}conv_in.weight"][0]]
+        while f"{HINT}blocks.{2 * len(widths) - 1}.weight" in shapes:
+            widths.append(shapes[f"{HINT}blocks.{2 * len(widths) - 1}.weight"][0])
+        first = shapes[f"{HINT}conv_in.weight"]
+        steered = replace(steered, in_channels=shapes["conv_in.weight"][1])
+        network = ControlNet(steered, first[1], tuple(widths))
+        return network, names.controlnet(network, layout="diffusers")
+    if f"{prefix}input_hint_block.0.weight" in shapes:
+        first = shapes[f"{prefix}input_hint_block.0.weight"]
+        numbers = range(0, 1000, 4)
+        widths = [shapes[f"{prefix}input_hint_block.{n}.weight"][0] for n in numbers if _has(shapes, prefix, n)]
+        steered = replace(like, in_channels=shapes[f"{prefix}input_blocks.0.0.weight"][1])
+        network = ControlNet(steered, first[1], tuple(widths))
+        return network, names.controlnet(network, layout="compvis").under("", prefix)
+    for layout, start in (("diffusers", "adapter."), ("t2i", "")):
+        block = "body.0.resnets.0" if layout == "diffusers" else "body.0"
+        if {f"{start}conv_in.weight", f"{start}{block}.block1.weight"} <= shapes.keys():
+            adapter = T2IAdapter(_t2i(shapes, start, layout, like))
+            return adapter, names.t2i(adapter, layout=layout)
+    raise UserError(f"it is {kind(shapes)}, neither a ControlNet nor a T2I-Adapter")
+
+
+def _has(shapes: Mapping[str, Any], prefix: str, number: int) -> bool:
+    """Whether a convolution of the hint that brings a new width stands here: the last of all does not."""
+    return all(f"{prefix}input_hint_block.{n}.weight" in shapes for n in (number, number + 2))
+
+
+def _config(stated: Mapping[str, Any]) -> UNetConfig:
+    """The config of the UNet that a ControlNetModel's config.json tells of."""
+    if stated.get("_class_name", "ControlNetModel") != "ControlNetModel":
+        raise UserError(f"its config.json is of a {stated['_class_name']!r}")
+    if stated.get("controlnet_conditioning_channel_order", "rgb") != "rgb":
+        raise UserError("its hint's channels are not in the order rgb")
+    data = {name: value for name, value in stated.items() if name not in _OWN | _VOID}
+    kinds = {"CrossAttnDownBlock2D": "CrossAttnUpBlock2D", "DownBlock2D": "UpBlock2D"}
+    blocks = data.get("down_block_types", ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"])
+    return unet_from(data | {"up_block_types": [kinds.get(block) for block in reversed(blocks)]})
+
+
+def _t2i(shapes: Mapping[str, tuple[int, ...]], start: str, layout: str, like: UNetConfig) -> T2IConfig:
+    """The config of a T2I-Adapter: SDXL's halves once and sees 16 pixels as one, the others thrice and 8."""
+    large = like.vector_dim > 0
+    factor = 16 if large else 8
+    first = shapes[f"{start}conv_in.weight"]
+    numbers = {int(found[1]) for name in shapes if (found := re.match(rf"{re.escape(start)}body\.(\d+)\.", name))}
+    blocks = 2
+    if layout == "diffusers":
+        blocks = 1 + max(int(found[1]) for name in shapes if (found := re.search(r"body\.0\.resnets\.(\d+)\.", name)))
+    count = (max(numbers) + 1) // (1 if layout == "diffusers" else blocks)
+    place = "body.{}.resnets.0" if layout == "diffusers" else "body.{}"
+    step = 1 if layout == "diffusers" else blocks
+    channels = tuple(shapes[f"{start}{place.format(i * step)}.block1.weight"][0] for i in range(count))
+    if channels[: len(like.channels)] != like.channels or first[1] % factor**2:
+        raise UserError(f"it is for a UNet of widths {channels}, not {like.channels}")
+    halves = tuple(i == 2 for i in range(count)) if large else tuple(i > 0 for i in range(count))
+    return T2IConfig(channels, blocks, first[1] // factor**2, factor, halves)
+
+
+def save_controlnet(folder: Path, network: ControlNet, side: int, metadata: Mapping[str, Any]) -> None:
+    """Write diffusers' folder of a ControlNet for latents of `side`. UserError where it has no words for it."""
+    data = unet_to(network.config, side, TextConfig())
+    for name in ("up_block_types", "sample_size", "out_channels", "mid_block_type"):
+        data.pop(name)
+    convolutions = [layer.weight for layer in network.hint]
+    data |= {
+        "_class_name": "ControlNetModel",
+        "conditioning_channels": convolutions[0].shape[1],
+        "conditioning_embedding_out_channels": [convolutions[0].shape[0], *(w.shape[0] for w in convolutions[2:-1:2])],
+    }
+    data = {name: value for name, value in data.items() if name not in _UNET_ONLY}
+    weights = {name: value.detach().cpu().contiguous() for name, value in network.state_dict().items()}
+    tensors = names.controlnet(network, layout="diffusers").save(weights)
+    folder.mkdir(parents=True, exist_ok=True)
+    with replacing(folder / "diffusion_pytorch_model.safetensors") as temporary:
+        save_file(tensors, temporary, {"ldm.provenance": json.dumps(metadata)})
+    write_json(folder / "config.json", data)
+
+
+_UNET_ONLY = {"conv_in_kernel", "conv_out_kernel", "resnet_out_scale_factor", "time_embedding_type", "attention_type"}
