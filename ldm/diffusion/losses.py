@@ -3,7 +3,9 @@
 A weighting is a function of sigma and of `out`, since a weight w on the error of x0 is w * out^2 on the network's.
 """
 
+import inspect
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,9 +15,11 @@ from torch import Tensor
 from ldm.diffusion.denoiser import columns, evaluate
 from ldm.diffusion.predictions import Prediction
 from ldm.diffusion.schedules import Schedule
+from ldm.diffusion.variance import variance_bound
+from ldm.errors import UserError
 from ldm.shapes import Latent, Sigma
 
-Weighting = Callable[[Tensor, Tensor], Tensor]
+Weighting = Callable[..., Tensor]  # (sigma, out), and gamma where a paper has such a number
 
 
 def uniform(sigma: Tensor, out: Tensor) -> Tensor:
@@ -38,12 +42,36 @@ def soft_min_snr(sigma: Tensor, out: Tensor, gamma: float = 5.0) -> Tensor:
     return out**2 / (sigma**2 + 1 / gamma)
 
 
+def p2(sigma: Tensor, out: Tensor, gamma: float = 1.0) -> Tensor:
+    """1 / (1 + SNR)^gamma on the noise (Choi et al. 2022, Eq. 8, k = 1): less of what the eye does not see."""
+    return (out / sigma) ** 2 * (1 + sigma**-2) ** -gamma
+
+
+def edm(sigma: Tensor, out: Tensor, gamma: float = 0.5) -> Tensor:
+    """(sigma^2 + gamma^2) / (sigma gamma)^2 on x0, gamma being the data's deviation (Karras et al. 2022, table 1)."""
+    return out**2 * (sigma**-2 + gamma**-2)
+
+
 WEIGHTINGS: dict[str, Weighting] = {
     "uniform": uniform,
     "snr": snr,
     "min_snr": min_snr,
     "soft_min_snr": soft_min_snr,
+    "p2": p2,
+    "edm": edm,
 }
+
+
+def find_weighting(name: str, gamma: float | None = None) -> Weighting:
+    """A weighting with its own gamma, or the paper's. UserError where it has none, or gamma is not above 0."""
+    weighting = WEIGHTINGS[name]
+    if gamma is None:
+        return weighting
+    if "gamma" not in inspect.signature(weighting).parameters:
+        raise UserError(f"loss.gamma is {gamma}, but the weighting {name!r} has no such number: leave it out")
+    if gamma <= 0:
+        raise UserError(f"loss.gamma is {gamma}: needs a number above 0")
+    return partial(weighting, gamma=gamma)
 
 
 def diffusion_loss(
@@ -55,11 +83,25 @@ def diffusion_loss(
     noise: Latent,
     cond: Any,
     weighting: Weighting = uniform,
+    *,
+    seen: Latent | None = None,
+    vlb: float = 0.0,
 ) -> Float[Tensor, " b"]:
-    """The loss of each sample, (b,): the weighted squared error of the network's output, averaged over c, h, w."""
-    x = x0 + sigma.view((-1,) + (1,) * (x0.ndim - 1)) * noise
+    """The loss of each sample, (b,): the weighted squared error of the network's output, averaged over c, h, w.
+
+    seen: the noise in the network's input, where that is not `noise`, which it shall answer (input perturbation: Ning
+    et al. 2023). A network of twice the channels says its variance too: then `vlb` times its bound joins the loss.
+    """
+    level = sigma.view((-1,) + (1,) * (x0.ndim - 1))
+    x = x0 + level * noise
     scaling = columns(prediction(sigma), x)
-    output = evaluate(backbone, scaling.inp * x, schedule.label(sigma), cond)
     target = (x0 - scaling.skip * x) / scaling.out
+    x = x if seen is None else x0 + level * seen
+    output = evaluate(backbone, scaling.inp * x, schedule.label(sigma), cond)
+    answer = output[:, : x0.shape[1]]
     weight = weighting(sigma, scaling.out.view(-1))
-    return weight * (output - target).square().flatten(1).mean(1)
+    loss = weight * (answer - target).square().flatten(1).mean(1)
+    if output.shape == answer.shape:
+        return loss
+    guess = (scaling.skip * x + scaling.out * answer).detach()  # the bound moves the variance alone
+    return loss + vlb * variance_bound(schedule, x0, guess, sigma, output[:, x0.shape[1] :])

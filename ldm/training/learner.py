@@ -71,3 +71,10 @@ class Learner:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.loss = torch.zeros_like(self.loss)
+
+
+def summed(value: Tensor) -> Tensor:
+    """The sum over all processes, which must all ask for it."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.all_reduce(value)
+    return value

@@ -8,10 +8,11 @@ import torch
 from ldm.conditioning import Conditioning
 from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.guidance import cfg
-from ldm.diffusion.losses import WEIGHTINGS, diffusion_loss, min_snr, soft_min_snr
+from ldm.diffusion.losses import WEIGHTINGS, diffusion_loss, find_weighting, min_snr, soft_min_snr
 from ldm.diffusion.noise import SeededNoise
 from ldm.diffusion.predictions import PREDICTIONS, edm
 from ldm.diffusion.schedules import ScheduleConfig, make_schedule
+from ldm.errors import UserError
 
 SCHEDULE = make_schedule(ScheduleConfig(kind="flow"))
 
@@ -61,6 +62,10 @@ def test_weightings_are_the_published_ones_under_each_prediction() -> None:
     close(WEIGHTINGS["min_snr"](sigma, out["v"]), snr.clamp(max=5) / (snr + 1))
     close(WEIGHTINGS["soft_min_snr"](sigma, out["x0"]), snr * 5 / (snr + 5))
     close(WEIGHTINGS["uniform"](sigma, out["edm"]) / out["edm"] ** 2, (sigma**2 + 0.25) / (sigma * 0.5) ** 2)
+    close(WEIGHTINGS["p2"](sigma, out["eps"]), 1 / (1 + snr))
+    close(WEIGHTINGS["p2"](sigma, out["v"], gamma=0.5), (snr + 1) ** -0.5 * snr / (snr + 1))
+    close(WEIGHTINGS["edm"](sigma, out["edm"]), torch.ones(3).double())
+    close(WEIGHTINGS["edm"](sigma, out["v"], gamma=1.0), torch.ones(3).double())
     x0, noise = draw(3, 3, 2, 2), draw(3, 3, 2, 2, seed=1)
     zero = [  # a network that answers with x0 = 0: under `snr` every prediction has the same loss
         diffusion_loss(
@@ -80,6 +85,38 @@ def test_gamma_and_the_deviation_of_the_data_count() -> None:
     ones = torch.ones_like(sigma)
     assert torch.allclose(min_snr(sigma, ones, gamma=2.0), (sigma**-2).clamp(max=2))
     assert torch.allclose(soft_min_snr(sigma, ones, gamma=2.0), 1 / (sigma**2 + 0.5))
+
+
+@pytest.mark.parametrize(("name", "gamma"), [("min_snr", 2.0), ("soft_min_snr", 2.0), ("p2", 0.5), ("edm", 1.0)])
+def test_a_gamma_of_ones_own(name: str, gamma: float) -> None:
+    sigma, out = torch.tensor([0.1, 0.5, 2.0]).double(), torch.ones(3).double()
+    assert find_weighting(name) is WEIGHTINGS[name]
+    assert torch.equal(find_weighting(name, gamma)(sigma, out), WEIGHTINGS[name](sigma, out, gamma=gamma))
+    assert not torch.allclose(find_weighting(name, gamma)(sigma, out), WEIGHTINGS[name](sigma, out))
+    with pytest.raises(UserError, match="needs a number above 0"):
+        find_weighting(name, -1.0)
+
+
+@pytest.mark.parametrize("name", ["uniform", "snr"])
+def test_a_weighting_without_gamma_takes_none(name: str) -> None:
+    with pytest.raises(UserError, match=f"the weighting '{name}' has no such number"):
+        find_weighting(name, 5.0)
+
+
+@pytest.mark.parametrize("name", PREDICTIONS)
+def test_perturbed_input_keeps_the_target(name: str) -> None:
+    x0, noise, more = (draw(2, 3, 2, 2, seed=seed) for seed in range(3))
+    sigma, given = torch.tensor([0.3, 2.0]).double(), []
+
+    def net(z: torch.Tensor, label: torch.Tensor, cond: object) -> torch.Tensor:
+        given.append(z)
+        return torch.zeros_like(z)
+
+    rest = (net, PREDICTIONS[name], SCHEDULE, x0, sigma)
+    plain, other = diffusion_loss(*rest, noise, None), diffusion_loss(*rest, noise, None, seen=noise + 0.1 * more)
+    assert torch.equal(plain, other)
+    scale = (PREDICTIONS[name](sigma).inp * sigma).view(-1, 1, 1, 1)
+    torch.testing.assert_close(given[1] - given[0], 0.1 * scale * more)
 
 
 def test_the_backbone_runs_in_its_own_dtype_and_the_rest_in_fp32() -> None:

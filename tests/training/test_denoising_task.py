@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from ldm.checkpoints import native
 from ldm.errors import UserError
@@ -24,7 +25,11 @@ def build(ldm, *overrides: str) -> DenoisingTask:
 
 
 def loss(task: DenoisingTask, positions: range = range(8)) -> torch.Tensor:
-    return task.denoising_loss({"step": 0} | task.dataset.__getitems__(positions))["loss"]
+    return loss_at(task, 0, positions)
+
+
+def loss_at(task: DenoisingTask, step: int, positions: range = range(8)) -> torch.Tensor:
+    return task.denoising_loss({"step": step} | task.dataset.__getitems__(positions))["loss"]
 
 
 @pytest.mark.parametrize(
@@ -39,6 +44,12 @@ def loss(task: DenoisingTask, positions: range = range(8)) -> torch.Tensor:
         ("loss.weighting", "snr"),
         ("loss.weighting", "min_snr"),
         ("loss.weighting", "soft_min_snr"),
+        ("loss.weighting", "p2"),
+        ("loss.weighting", "edm"),
+        ("loss.offset", "0.1"),
+        ("loss.pyramid", "0.5"),
+        ("loss.perturbation", "0.1"),
+        ("loss.pairing", "8"),
         ("loss.caption_dropout", "1"),
         ("run.seed", "1"),
         ("text.tower.layers", "2"),
@@ -53,6 +64,49 @@ def test_the_loss_is_the_mean_of_any_parts(ldm):
     task = build(ldm)
     parts = [loss(task, range(start, start + 2)) for start in range(0, 8, 2)]
     torch.testing.assert_close(loss(task), torch.stack(parts).mean(), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize(
+    "switch",
+    [
+        ["--loss.offset", "0.1"],
+        ["--loss.pyramid", "0.5"],
+        ["--loss.perturbation", "0.1"],
+        ["--loss.pairing", "2"],
+        ["--loss.importance", "true"],
+        ["--backbone.out_channels", "8", "--loss.pyramid", "0.5", "--loss.offset", "0.1"],
+    ],
+)
+def test_noise_belongs_to_the_sample_whatever_is_done_to_it(ldm, switch: list[str]):
+    task = build(ldm, *switch)
+    parts = [loss(task, range(start, start + 2)) for start in range(0, 8, 2)]
+    torch.testing.assert_close(loss(task), torch.stack(parts).mean(), rtol=1e-5, atol=0)
+
+
+def test_importance_learns_from_the_losses_and_is_kept(ldm, run, tmp_path: Path):
+    task = build(ldm, "--loss.importance", "true")
+    assert set(task.averaged) == {"backbone", "text"} and "importance" in task.networks
+    even = loss_at(task, 1)
+    assert even == loss_at(build(ldm), 1)
+    task.importance.seen.fill_(10)
+    task.importance.square.copy_(torch.linspace(0.1, 3, 100) ** 2)
+    assert loss_at(task, 2) != even
+    every = ["--run.checkpoint_every", "2", "--loss.importance", "true"]
+    run(ldm("--run.steps", "2", *every), tmp_path / "run")
+    kept = load_file(tmp_path / "run/checkpoints/00000002/state.safetensors")
+    assert kept["networks.importance.pending"][1].sum() == 4  # the samples of the second step
+    assert kept["networks.importance.seen"].sum() == 4  # and of the first
+
+
+def test_a_learned_variance_trains_loads_and_paints(ldm, tmp_path: Path):
+    task = build(ldm, "--backbone.out_channels", "8", "--loss.vlb", "2")
+    value = loss(task)
+    value.backward()
+    assert task.backbone.conv_out.weight.grad[4:].any()
+    assert value != loss(build(ldm, "--backbone.out_channels", "8", "--loss.vlb", "0"))
+    with torch.no_grad():
+        task.export(tmp_path / "model", {})
+    assert native.load(tmp_path / "model").spec.backbone.out_channels == 8
 
 
 def test_dropped_captions_are_the_empty_one(ldm):
@@ -152,6 +206,8 @@ def test_the_exported_model_paints_what_the_run_showed(ldm, tmp_path: Path):
         (["--text.train", "false"], "give text.weights"),
         (["--backbone.context_dim", "32"], "backbone.context_dim is 32: must be 16"),
         (["--backbone.vector_dim", "8"], "vector_dim is 8: must be 0"),
+        (["--backbone.out_channels", "8", "--schedule.kind", "flow"], "learned variances are of the steps of vp"),
+        (["--loss.gamma", "2"], "the weighting 'uniform' has no such number"),
         (["--backbone.in_channels", "8"], "in_channels 8 and out_channels 4 must both be 4"),
         (["--data.size", "30"], "data.size 30 is not a multiple of 4"),
         (["--autoencoder", "nowhere.safetensors"], "nowhere.safetensors"),

@@ -16,8 +16,8 @@ from ldm.data.cache import CachedDataset, cache_latents
 from ldm.data.dataset import Dataset, open_dataset, to_image
 from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.guidance import cfg
-from ldm.diffusion.losses import WEIGHTINGS, diffusion_loss
-from ldm.diffusion.noise import SeededNoise
+from ldm.diffusion.losses import diffusion_loss, find_weighting
+from ldm.diffusion.noise import NOISES, SeededNoise, paired
 from ldm.diffusion.predictions import PREDICTIONS
 from ldm.diffusion.samplers import find_sampler
 from ldm.diffusion.schedules import make_schedule
@@ -30,6 +30,7 @@ from ldm.text.tower import Conditioner
 from ldm.training import keyed
 from ldm.training.config import LdmRun
 from ldm.training.heldback import HeldBack
+from ldm.training.importance import Importance
 from ldm.training.learner import Batch, Losses, Objective
 from ldm.training.optim import freeze
 from ldm.training.progress import Bar
@@ -52,12 +53,15 @@ class DenoisingTask:
         self.text = _tower(config)
         _check_fit(config, self._autoencoder)
         self.prediction, self.schedule = PREDICTIONS[config.prediction], make_schedule(config.schedule)
-        self.weighting = WEIGHTINGS[config.loss.weighting]
+        self.weighting = find_weighting(config.loss.weighting, config.loss.gamma)
         self.networks: dict[str, nn.Module] = {"backbone": self.backbone}
         if config.text.train:
             self.networks["text"] = self.text
         freeze(self.networks, config.freeze)
         self.averaged = tuple(self.networks)
+        self.importance = Importance() if config.loss.importance else None
+        if self.importance is not None:
+            self.networks["importance"] = self.importance  # nothing to train, but to keep
         self.empty = self.text.tokenize([""])
         self._pictures = open_dataset(config.data, self.text.tokenize)
         self.dataset: Dataset = self._pictures
@@ -68,27 +72,48 @@ class DenoisingTask:
 
     def to(self, device: torch.device) -> None:
         self.device = device
-        for module in (self.autoencoder, self.backbone, self.text):
-            module.to(device)
+        for module in (self.autoencoder, self.backbone, self.text, self.importance):
+            if module is not None:
+                module.to(device)
         self.empty = self.empty.to(device)
         if self.config.cache:
             self.dataset = self._encoded(self.config.cache)
 
     def objectives(self) -> list[Objective]:
-        return [Objective("denoiser", tuple(self.networks.values()), self.denoising_loss)]
+        return [Objective("denoiser", tuple(self.networks[name] for name in self.averaged), self.denoising_loss)]
 
     def denoising_loss(self, batch: Batch) -> Losses:
-        position = batch["position"]
-        x0 = self.latent(batch)
-        dropped = keyed.uniform(self.seed, "caption", position) < self.config.loss.caption_dropout
-        cond = self.encode_text(torch.where(dropped[:, None], self.empty, batch["tokens"]))
-        sigma = self.schedule.quantile(keyed.uniform(self.seed, "sigma", position))
-        noise = keyed.normal(self.seed, "noise", position, tuple(x0.shape[1:]))
-        return {"loss": self.losses(x0, sigma, noise, cond).mean()}
+        loss, position = self.config.loss, batch["position"]
 
-    def losses(self, x0: Latent, sigma: Tensor, noise: Latent, cond: Conditioning) -> Tensor:
-        """The loss of each sample (b,) at given noise."""
-        return diffusion_loss(self.backbone, self.prediction, self.schedule, x0, sigma, noise, cond, self.weighting)
+        def draw(stream: str, shape: tuple[int, ...]) -> Tensor:
+            return keyed.normal(self.seed, stream, position, shape)
+
+        x0 = self.latent(batch)
+        dropped = keyed.uniform(self.seed, "caption", position) < loss.caption_dropout
+        cond = self.encode_text(torch.where(dropped[:, None], self.empty, batch["tokens"]))
+        u = keyed.uniform(self.seed, "sigma", position)
+        density = torch.ones_like(u)
+        if self.importance is not None:
+            u, density = self.importance.draw(u, batch["step"])
+        noise = draw("noise", tuple(x0.shape[1:]))
+        for name, function in NOISES.items():
+            if strength := getattr(loss, name):
+                noise = function(noise, strength, draw)
+        if loss.pairing:
+            noise = paired(noise, x0, loss.pairing)
+        seen = noise + loss.perturbation * draw("perturbation", tuple(x0.shape[1:])) if loss.perturbation else None
+        losses = self.losses(x0, self.schedule.quantile(u), noise, cond, seen)
+        if self.importance is not None:
+            self.importance.see(u, losses.detach())
+        return {"loss": (losses / density).mean()}
+
+    def losses(
+        self, x0: Latent, sigma: Tensor, noise: Latent, cond: Conditioning, seen: Latent | None = None
+    ) -> Tensor:
+        """The loss of each sample (b,) at given noise; see `diffusion_loss`."""
+        parts = (self.backbone, self.prediction, self.schedule)
+        vlb = self.config.loss.vlb
+        return diffusion_loss(*parts, x0, sigma, noise, cond, self.weighting, seen=seen, vlb=vlb)
 
     def latent(self, batch: Batch) -> Latent:
         """A draw from the posterior of each picture, cached or encoded now; fp32."""
@@ -190,11 +215,13 @@ def _tower(config: LdmRun) -> Conditioner:
 
 def _check_fit(config: LdmRun, autoencoder: AutoencoderConfig) -> None:
     backbone, size, z_channels = config.backbone, config.data.size, autoencoder.z_channels
-    if (backbone.in_channels, backbone.out_channels) != (z_channels, z_channels):
+    if backbone.in_channels != z_channels or backbone.out_channels not in (z_channels, 2 * z_channels):
         raise UserError(
             f"backbone.in_channels {backbone.in_channels} and out_channels {backbone.out_channels} must both be "
-            f"{z_channels}, the channels of the autoencoder {config.autoencoder!r}"
+            f"{z_channels}, the channels of the autoencoder {config.autoencoder!r}, or out_channels twice that"
         )
+    if backbone.out_channels == 2 * z_channels and config.schedule.kind != "vp":
+        raise UserError(f"learned variances are of the steps of vp: schedule.kind {config.schedule.kind} has none")
     tower = config.text.tower
     for name, has, needs in (
         ("context_dim", backbone.context_dim, tower.states_width),
