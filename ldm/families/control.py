@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from torch import nn
 
 from ldm.checkpoints import control as names
 from ldm.checkpoints.files import Tensors, brief, open_tensors
@@ -132,7 +133,7 @@ def save_controlnet(folder: Path, network: ControlNet, side: int, metadata: Mapp
     data = unet_to(network.config, side, TextConfig())
     for name in ("up_block_types", "sample_size", "out_channels", "mid_block_type"):
         data.pop(name)
-    convolutions = [layer.weight for layer in network.hint]
+    convolutions = [layer.weight for layer in network.hint if isinstance(layer, nn.Conv2d)]
     data |= {
         "_class_name": "ControlNetModel",
         "conditioning_channels": convolutions[0].shape[1],
