@@ -66,6 +66,14 @@ _CLIP_LEAVES: Rules = [
     (r"\.mlp\.c_fc\.", ".mlp.fc1."),
     (r"\.mlp\.c_proj\.", ".mlp.fc2."),
 ]
+_VISION_LEAVES: Rules = [
+    (r"^tower\.", ""),
+    (r"^class_embedding$", "embeddings.class_embedding"),
+    (r"^conv1\.", "embeddings.patch_embedding."),
+    (r"^positional_embedding$", "embeddings.position_embedding.weight"),
+    (r"^ln_pre\.", "pre_layrnorm."),  # their spelling
+    (r"^ln_post\.", "post_layernorm."),
+]
 _JOINED = re.compile(r"(.*)\.attn\.in_proj_(weight|bias)")
 
 
@@ -85,3 +93,18 @@ def clip(module: nn.Module, config: TextConfig, *, prefix: str = "text_model.", 
         else:
             names[ours] = (prefix + theirs,)
     return KeyMap(names, turned=frozenset(n for n in names if n.endswith("text_projection")))
+
+
+def vision(module: nn.Module) -> KeyMap:
+    """Names in transformers' CLIPVisionModelWithProjection of an image tower."""
+    names: dict[str, tuple[str, ...]] = {}
+    for ours, (theirs,) in by_rules(module, [], _VISION_LEAVES + _CLIP_LEAVES[4:]).items():
+        joined = _JOINED.fullmatch(theirs)
+        if theirs == "proj":
+            names[ours] = ("visual_projection.weight",)
+        elif joined:
+            place, kind = joined.groups()
+            names[ours] = tuple(f"vision_model.{place}.self_attn.{letter}_proj.{kind}" for letter in "qkv")
+        else:
+            names[ours] = (f"vision_model.{theirs}",)
+    return KeyMap(names, turned=frozenset(n for n, theirs in names.items() if theirs == ("visual_projection.weight",)))

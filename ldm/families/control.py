@@ -13,7 +13,7 @@ from torch import nn
 
 from ldm.checkpoints import control as names
 from ldm.checkpoints.files import Tensors, brief, open_tensors
-from ldm.checkpoints.keymap import KeyMap
+from ldm.checkpoints.keymap import KeyMap, refuse
 from ldm.checkpoints.native import finite
 from ldm.errors import UserError
 from ldm.families.folder import read_json, unet_from, unet_to
@@ -45,18 +45,20 @@ def load_control(
             with torch.device("meta"):
                 network, keymap = _understand(tensors, like, stated)
             spare = [name for name in tensors if _SPARE.fullmatch(name)]
-            used = tensors.without(spare)
-            state = network.state_dict()
-            keymap.compare(used.shapes(), {name: tuple(value.shape) for name, value in state.items()})
-            dtype = dtype or tensors.main_dtype()
-            filled = {n: keymap.tensor(n, used, tuple(v.shape)).to(device, dtype) for n, v in state.items()}
-            broken = [name for name, value in filled.items() if not finite(value)]
-            if broken:
-                raise UserError(f"{broken[0]} is not finite")
+            fill(network, tensors.without(spare), keymap, device, dtype or tensors.main_dtype())
         except (UserError, ValueError) as error:
             raise UserError(f"{str(path)!r} does not steer this model: {error}") from None
-        network.load_state_dict(filled, assign=True)
-    return network.eval().requires_grad_(False)
+    return network
+
+
+def fill(network: nn.Module, tensors: Tensors, keymap: KeyMap, device: torch.device | str, dtype: torch.dtype) -> None:
+    """Give a network on the meta device its weights, strictly."""
+    state = network.state_dict()
+    keymap.compare(tensors.shapes(), {name: tuple(value.shape) for name, value in state.items()})
+    filled = {n: keymap.tensor(n, tensors, tuple(v.shape)).to(device, dtype) for n, v in state.items()}
+    refuse(**{"not finite": {name for name, value in filled.items() if not finite(value)}})
+    network.load_state_dict(filled, assign=True)
+    network.eval().requires_grad_(False)
 
 
 def _understand(

@@ -1,0 +1,89 @@
+"""Reading IP-Adapters, and the image towers that they look through."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ldm.adapters.ip_adapter import IPAdapter
+from ldm.checkpoints import diffusers
+from ldm.checkpoints.files import brief, open_tensors
+from ldm.checkpoints.keymap import KeyMap
+from ldm.config import from_dict
+from ldm.errors import UserError
+from ldm.families.control import fill
+from ldm.families.folder import read_json
+from ldm.families.source import kind, weight_files
+from ldm.models.unet import UNet
+from ldm.text.vision import ImageTower, VisionConfig
+
+_FIXED = {"layer_norm_eps": 1e-5, "num_channels": 3, "attention_dropout": 0.0}
+
+
+def load_ip_adapter(path: Path, unet: UNet, device: torch.device | str = "cpu") -> IPAdapter:
+    """An IP-Adapter for a UNet, in the UNet's dtype. UserError where the file holds none, or one for another family."""
+    dtype = unet.conv_in.weight.dtype
+    with brief(), open_tensors([(path, "")]) as tensors:
+        shapes = tensors.shapes()
+        try:
+            if not any(name.startswith("ip_adapter.") for name in shapes):
+                raise UserError(f"it is {kind(shapes)}, not an IP-Adapter")
+            if "image_proj.proj.weight" not in shapes:
+                raise UserError("it is an IP-Adapter Plus or FaceID, whose resampler is not known here")
+            wide, embedding = shapes["image_proj.proj.weight"]
+            context_dim = unet.config.context_dim
+            if wide % context_dim:
+                raise UserError(f"its tokens are not of width {context_dim}")
+            with torch.device("meta"):
+                adapter = IPAdapter(unet, embedding, wide // context_dim)
+            names = {f"projection.{n}": (f"image_proj.{n}",) for n in adapter.projection.state_dict()}
+            for i in range(len(adapter.keys)):  # numbered with the attentions to the picture itself, which have none
+                names |= {
+                    f"{ours}.{i}.weight": (f"ip_adapter.{2 * i + 1}.to_{letter}_ip.weight",) for ours, letter in _ROWS
+                }
+            fill(adapter, tensors, KeyMap(names), device, dtype)
+        except UserError as error:
+            raise UserError(f"{str(path)!r} is no picture prompt for this model: {error}") from None
+    return adapter
+
+
+_ROWS = (("keys", "k"), ("values", "v"))
+
+
+def load_image_tower(
+    path: Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = torch.float32
+) -> ImageTower:
+    """transformers' folder of a CLIPVisionModelWithProjection. UserError where it is none."""
+    with brief(), open_tensors([(file, "") for file in weight_files(path)]) as tensors:
+        try:
+            config = _vision(read_json(path / "config.json"))
+            with torch.device("meta"):
+                tower = ImageTower(config)
+            spare = [name for name in tensors if name.endswith("position_ids")]
+            fill(tower, tensors.without(spare), diffusers.vision(tower), device, dtype or tensors.main_dtype())
+        except (UserError, ValueError) as error:
+            raise UserError(f"{str(path)!r} is no image tower of CLIP: {error}") from None
+    return tower
+
+
+def _vision(data: dict[str, Any]) -> VisionConfig:
+    data = data.get("vision_config") or data
+    for name, value in _FIXED.items():
+        if data.get(name, value) != value:
+            raise UserError(f"{name} {data[name]!r} must be {value}")
+    activation, width = data.get("hidden_act", "quick_gelu"), data.get("hidden_size", 768)
+    if activation not in ("quick_gelu", "gelu"):
+        raise UserError(f"hidden_act {activation!r} is not known here (quick_gelu, gelu)")
+    return from_dict(
+        VisionConfig,
+        dict(
+            image_size=data.get("image_size", 224),
+            patch=data.get("patch_size", 32),
+            width=width,
+            heads=data.get("num_attention_heads", 12),
+            layers=data.get("num_hidden_layers", 12),
+            projection=data.get("projection_dim", 512),
+            quickgelu=activation == "quick_gelu",
+            mlp=data.get("intermediate_size", 3072),
+        ),
+    )
