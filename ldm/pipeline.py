@@ -17,9 +17,10 @@ import torch
 import torch.nn.functional as F
 
 from ldm.canvas import Canvas
-from ldm.checkpoints import native
+from ldm.checkpoints import lora, native
+from ldm.checkpoints.files import open_safetensors
 from ldm.diffusion.editing import keep
-from ldm.diffusion.guidance import Conditional, cfg
+from ldm.diffusion.guidance import Conditional
 from ldm.diffusion.noise import SeededNoise
 from ldm.diffusion.samplers import Step, find_sampler
 from ldm.errors import UserError, nearest
@@ -29,6 +30,8 @@ from ldm.files import digest
 from ldm.models.autoencoder import Gaussian
 from ldm.recipe import Made, Recipe, Request, versions
 from ldm.shapes import Image, Latent, Sigmas
+from ldm.text import inversion
+from ldm.text.reader import Reader
 
 ASSETS = Path(__file__).parent / "assets"
 EMBEDDED = "embedded"
@@ -117,6 +120,7 @@ class Pipeline:
         self.denoiser = model.denoiser()
         assert model.backbone is not None and model.conditioner is not None  # a denoiser has both
         self.conditioner = model.conditioner
+        self.reader = Reader(model.conditioner)
         self.adapters: list[Callable[[Conditional], Conditional]] = []  # each wraps the denoiser before guidance does
         self.multiple = model.autoencoder.factor * model.backbone.config.factor
 
@@ -129,6 +133,7 @@ class Pipeline:
         assert r.steps is not None and r.cfg_scale is not None and r.width is not None and r.height is not None
         if not r.prompt.strip():
             raise UserError("the prompt is empty: say what to paint")
+        self.reader.parsed(r)
         find_sampler(str(r.sampler))
         _between("steps", r.steps, 1, MAX_STEPS)
         self.denoiser.schedule.steps(r.steps, str(r.schedule))
@@ -159,7 +164,8 @@ class Pipeline:
         elif base.strength is not None:
             raise UserError(f"strength {base.strength:g} is of a picture to start from: give that as --init-image")
         wanted = [prompt for prompt in prompts for _ in range(n)]
-        return [self.complete(replace(base, prompt=p, seed=base.seed + i)) for i, p in enumerate(wanted)]
+        filled = [(self.reader.fill(prompt, base.seed + i), base.seed + i) for i, prompt in enumerate(wanted)]
+        return [self.complete(replace(base, prompt=prompt, seed=seed)) for prompt, seed in filled]
 
     def _levels(self, r: Request) -> Sigmas:
         """The noise levels of a run: all, or the last ones where it starts from a picture. UserError where none are."""
@@ -192,14 +198,11 @@ class Pipeline:
             raise ValueError(f"{r.sampler} makes one picture at a time: see `batches`")
         if (r.strength is None) != (canvas is None):
             raise ValueError(f"strength {r.strength} with canvas {canvas}: see `Canvas.request`")
-        assert r.sampler and r.width and r.height and r.cfg_scale is not None
+        assert r.sampler
         sigmas, noise = self._levels(r), SeededNoise([o.seed for o in requests])
-        texts = [o.prompt for o in requests], [o.negative for o in requests]
-        cond, uncond = self.conditioner.pair(*texts, (r.height, r.width), r.clip_skip)
         start = self._start(r, noise, float(sigmas[0]), canvas)
-        cond, uncond = replace(cond, concat=start.concat), replace(uncond, concat=start.concat)
         denoiser = reduce(lambda inner, adapter: adapter(inner), self.adapters, self.denoiser)
-        denoise = cfg(denoiser, cond, uncond, r.cfg_scale)
+        denoise = self.reader.guide(denoiser, requests, sigmas, start.concat)
         if start.known is not None and start.mask is not None:
             denoise = keep(denoise, start.known, start.mask)
         yield from find_sampler(r.sampler)(denoise, start.x, sigmas, noise)
@@ -267,15 +270,39 @@ class Pipeline:
 
     def recipes(self, batch: Batch, canvas: Canvas | None = None) -> list[Recipe]:
         """The recipe of each wanted picture of a batch."""
-        size, inputs = len(batch.requests), {"canvas": canvas.digest} if canvas else {}
+        size, inputs = len(batch.requests), self.made.inputs | ({"canvas": canvas.digest} if canvas else {})
         made = [replace(self.made, batch=size, row=row, inputs=inputs) for row in range(size)]
         return [Recipe(self.complete(r), m) for r, m in zip(batch.requests, made, strict=True)][batch.rows]
+
+    def embed(self, paths: Sequence[Path]) -> None:
+        """Add textual inversions, by the names of their files. UserError for what is none, or of another family."""
+        for path in paths:
+            with open_safetensors(path) as file:
+                tensors = {name: file.tensor(name) for name in file.entries}
+            self.reader.embeddings.append(inversion.from_tensors(path, tensors, self.conditioner))
+            self._put_in("embedding", path)
+
+    def adapt(self, specs: Sequence[str]) -> list[str]:
+        """Inject LoRA files, each given as FILE or FILE:WEIGHT, and tell what of each fitted. UserError: see `lora`."""
+        told = []
+        for spec in specs:
+            path, weight = lora.parse(spec)
+            told.append(str(lora.inject(self.model, lora.read(path), weight)))
+            self._put_in("lora", path, f":{weight:g}")
+        return told
+
+    def _put_in(self, kind: str, path: Path, how: str = "") -> None:
+        self.made = replace(self.made, inputs=self.made.inputs | {f"{kind} {path.stem}{how}": digest(path)})
 
     def check(self, made: Made) -> None:
         """UserError where a picture was made with another model than this."""
         if made.model_hash != self.made.model_hash:
             theirs, ours = (f"{m.model!r} ({m.model_hash[:10]})" for m in (made, self.made))
             raise UserError(f"the picture was made with the model {theirs}, not {ours}: give that file as --model")
+        if missing := sorted(
+            set(made.inputs.items()) - set(self.made.inputs.items()) - {("canvas", made.inputs.get("canvas", ""))}
+        ):
+            raise UserError(f"the picture was made with the {missing[0][0]} ({missing[0][1][:10]}): give that file too")
         if made.vae != self.made.vae:
             raise UserError(
                 f"the picture was decoded by the autoencoder {made.vae or 'of the model'!r}: give that as --vae"
@@ -288,11 +315,7 @@ class Pipeline:
         how = f"{r.width}x{r.height}, {r.sampler}, {r.schedule}, {r.steps} steps, cfg {r.cfg_scale:g}"
         by = f"{made.model} {made.model_hash[:10]} on {made.device} in {made.precision}"
         lines = [f"{what} {requests[-1].seed}: {how}; model {by}"]
-        texts = list(dict.fromkeys(text for r in requests for text in (r.prompt, r.negative)))
-        cuts = zip(texts, self.conditioner.tokenizer(texts)[1], strict=True)
-        return lines + [
-            f"note: the last {n} tokens of {text[:40]!r}... are not read: too long" for text, n in cuts if n
-        ]
+        return lines + self.reader.notes(requests)
 
 
 def _between(what: str, value: int, least: int, most: int) -> None:

@@ -29,6 +29,7 @@ class Request:
     width: int | None = _told("pixels (the model's own, or the first picture's)")
     height: int | None = _told("pixels (the model's own, or the first picture's)")
     clip_skip: int | None = _told("read the text tower's n-th layer from the end (the model's own)")
+    plain_prompt: bool = _told("take prompts as they stand, without (weights:1.2), [from:to:0.5], AND, BREAK", False)
     strength: float | None = _told("how much of --init-image to change, above 0 to 1 (0.75; 1 under a mask)")
 
 

@@ -2,6 +2,7 @@
 
 python scripts/convert.py embedded half.safetensors --to ldm --dtype fp16
 python scripts/convert.py v1-5-pruned.ckpt sd15-folder --to diffusers
+python scripts/convert.py learned_embeds.bin style.safetensors --to tensors
 """
 
 import sys
@@ -15,7 +16,12 @@ from ldm.errors import Parser, script
 FLAGS = Parser(__doc__)
 FLAGS.add_argument("model", help="a packaged model's name, a file, or a diffusers folder; .ckpt and .bin too")
 FLAGS.add_argument("out", type=Path, help="the file or folder to write")
-FLAGS.add_argument("--to", required=True, choices=("ldm", "diffusers", "compvis"), help="the layout to write")
+FLAGS.add_argument(
+    "--to",
+    required=True,
+    choices=("ldm", "diffusers", "compvis", "tensors"),
+    help=("the layout to write; tensors: those of a pickled file under their names, as of an embedding or LoRA"),
+)
 FLAGS.add_argument("--dtype", choices=("fp16", "bf16", "fp32", "int8"), help="of weights (as they are); int8: ldm only")
 
 
@@ -27,6 +33,10 @@ def main() -> None:
     from ldm.checkpoints import pickled
     from ldm.families.convert import convert
 
+    if args.to == "tensors":
+        pickled.to_safetensors(Path(args.model), args.out)
+        print(args.out)
+        return
     with tempfile.TemporaryDirectory(prefix=".convert.", dir=pickled.room(args.out)) as scratch:
         safe = pickled.unpacked(pipeline.find(args.model), Path(scratch))
         convert(safe, args.out, args.to, args.dtype)

@@ -27,6 +27,9 @@ FLAGS.add_argument("--mask", help="paint only where this picture is white; `alph
 FLAGS.add_argument("--expand", help="pixels to paint around --init-image: 32, or LEFT,TOP,RIGHT,BOTTOM")
 request.add_flags(FLAGS)
 FLAGS.add_argument("--model", help="a packaged model's name, or a path (embedded)")
+FLAGS.add_argument("--lora", nargs="+", action="extend", default=[], help="adapters, each FILE or FILE:0.8")
+FLAGS.add_argument("--embedding", nargs="+", action="extend", default=[], type=Path, help="files that prompts name")
+FLAGS.add_argument("--wildcards", type=Path, help="folder whose name.txt holds lines for __name__ in prompts")
 FLAGS.add_argument("--vae", default="", help="another autoencoder: a file or folder, TAESD's too (the model's own)")
 FLAGS.add_argument("--n", type=whole(1), default=1, help="pictures a prompt (1)")
 FLAGS.add_argument("--batch-size", type=whole(1), default=4, help="pictures made at once (4)")
@@ -56,6 +59,9 @@ def main() -> None:
     canvas = read_canvas(*first) if args.init_image else None
     model, precision = args.model or pipeline.EMBEDDED, args.precision or old.made.precision
     painter = pipeline.load(model, args.device or old.made.device, precision, args.vae)
+    painter.embed(args.embedding)
+    painter.reader.wildcards = args.wildcards
+    print(*painter.adapt(args.lora), sep="\n", end="\n" * bool(args.lora), file=sys.stderr)
     if args.from_image and not args.model:
         painter.check(old.made)
     requests = painter.requests(replace(old.request, **request.given(args)), prompts, args.n, canvas)

@@ -228,4 +228,5 @@ def test_notes_tell_of_what_is_not_read(painter: Pipeline) -> None:
         [painter.complete(replace(APPLE, prompt="one two three four five six seven eight nine " * 3))]
     )
     assert "seed 5" in lines[0] and "cpu in fp32" in lines[0] and "4 steps" in lines[0]
-    assert len(lines) == 2 and "tokens of 'one two" in lines[1]
+    assert len(lines) == 2 and "'one two" in lines[1] and "tokens in" in lines[1] and "chunks of 10" in lines[1]
+    assert painter.notes([painter.complete(APPLE)])[1].startswith("tokens: ")

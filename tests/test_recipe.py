@@ -45,7 +45,12 @@ def test_parameters_are_as_a1111_writes_them() -> None:
 
 def test_our_own_chunk_holds_everything() -> None:
     data = json.loads(RECIPE.text()["ldm"])
-    usual = {"negative": "", "clip_skip": None, "strength": None}  # left out, for versions that do not know them
+    usual = {
+        "negative": "",
+        "clip_skip": None,
+        "plain_prompt": False,
+        "strength": None,
+    }  # left out, for versions that do not know them
     assert {**usual, **data["request"]} == config.to_dict(REQUEST) and not usual.keys() & data["request"].keys()
     assert data["made"]["versions"].keys() == {"ldm", "torch", "python"}
     assert config.from_dict(Recipe, data) == RECIPE

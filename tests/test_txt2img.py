@@ -290,3 +290,36 @@ def test_a_picture_to_start_from(command: Command, tmp_path: Path) -> None:
     assert "mask" in command.fails("--prompt", "a", *first, "--mask", tmp_path / "half.png")
     assert "cannot read" in command.fails("--prompt", "a", "--init-image", SCRIPT)
     assert "strength 0.5 is of a picture" in command.fails("--prompt", "a", "--strength", 0.5)
+
+
+def test_what_else_goes_into_a_picture(command: Command, tmp_path: Path) -> None:
+    """Embeddings and LoRAs are told of, are in the recipe, and must be given to make the picture again."""
+    torch.manual_seed(0)
+    save_file({"emb_params": torch.randn(2, 16)}, tmp_path / "style.safetensors")
+    name = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
+    halves = {f"{name}.lora_down.weight": torch.randn(2, 32), f"{name}.lora_up.weight": torch.randn(32, 2)}
+    save_file(halves, tmp_path / "low.safetensors")
+    (tmp_path / "colour.txt").write_text("red\nblue\n")
+    extra = ["--embedding", tmp_path / "style.safetensors", "--lora", f"{tmp_path / 'low.safetensors'}:0.5"]
+    wild = ["--wildcards", tmp_path, "--seed", 3]
+    (path,) = command.run("--prompt", "a __colour__ cat, style", *extra, *wild)
+    assert "lora low at 0.5: 1 weights changed" in command.said and "tokens:" in command.said
+    made = recipe.read(path)
+    assert made.request.prompt in ("a red cat, style", "a blue cat, style")
+    assert set(made.made.inputs) == {"embedding style", "lora low:0.5"}
+    (plain,) = command.run("--prompt", made.request.prompt, "--seed", 3)
+    (without,) = command.run("--prompt", made.request.prompt, "--seed", 3, *extra[2:])
+    assert len({digest(path), digest(plain), digest(without)}) == 3
+    command.patch.setattr(pipeline, "ASSETS", Path(command.model).parent)
+    command.patch.setattr(pipeline, "EMBEDDED", "tiny")
+    for arguments, code in (([], 2), (extra, None)):
+        command.patch.setattr(
+            sys, "argv", [str(SCRIPT), "--from-image", str(path), "--out", str(command.out), *map(str, arguments)]
+        )
+        if code is None:
+            command.script.main()
+            assert digest(Path(command.capsys.readouterr().out.strip())) == digest(path)
+        else:
+            with pytest.raises(SystemExit):
+                command.script.main()
+            assert "was made with the embedding style" in command.capsys.readouterr().err

@@ -38,7 +38,7 @@ try:
     state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
 except Exception:
     state = torch.load(path, map_location="cpu", weights_only=True)
-for key in ("state_dict", "model"):
+for key in ("state_dict", "model", "string_to_param"):  # the last in A1111's textual inversions
     if isinstance(state, dict) and isinstance(state.get(key), dict):
         state = state[key]
 if not isinstance(state, dict):

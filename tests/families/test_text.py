@@ -10,6 +10,8 @@ from ldm import pipeline
 from ldm.errors import UserError
 from ldm.families.load import load
 from ldm.recipe import Request
+from ldm.text import chunks
+from ldm.text.prompt import Fragment
 from ldm.text.tower import Conditioner
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-9}
@@ -100,7 +102,10 @@ def test_no_words_are_zeros_where_the_family_has_it_so(folders: dict[str, Path])
 def test_the_refiner_is_told_a_score(folders: dict[str, Path]) -> None:
     conditioner = load(folders["sdxl-refiner"]).conditioner
     assert conditioner is not None
-    cond, uncond = conditioner.pair(["a", "b"], ["c", "d"], (32, 32))
+    fragments = [(Fragment(text),) for text in "abcd"]
+    texts = [chunks.chunks(chunks.pieces(each, conditioner, ()), conditioner) for each in fragments]
+    both = chunks.read(conditioner, texts, (32, 32), scores=[6.0, 6.0, 2.5, 2.5])
+    cond, uncond = both[:2], both[2:]
     again = conditioner.encode(conditioner.tokenize(["a", "c"]), (32, 32), scores=[6.0, 2.5])
     assert cond.vector is not None and uncond.vector is not None and again.vector is not None
     assert torch.allclose(torch.stack([cond.vector[0], uncond.vector[0]]), again.vector, atol=1e-6)
