@@ -91,5 +91,5 @@ class Worn:
 
 
 def _places(unet: UNet) -> list[TransformerBlock]:
-    parts = (unet.down, unet.up, unet.mid)
-    return [m for part in parts for m in part.modules() if isinstance(m, TransformerBlock)]  # type: ignore[attr-defined]
+    parts = nn.ModuleList([*unet.down, *unet.up, unet.mid])
+    return [module for module in parts.modules() if isinstance(module, TransformerBlock)]

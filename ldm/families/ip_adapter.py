@@ -36,7 +36,9 @@ def load_ip_adapter(path: Path, unet: UNet, device: torch.device | str = "cpu") 
                 raise UserError(f"its tokens are not of width {context_dim}")
             with torch.device("meta"):
                 adapter = IPAdapter(unet, embedding, wide // context_dim)
-            names = {f"projection.{n}": (f"image_proj.{n}",) for n in adapter.projection.state_dict()}
+            names: dict[str, tuple[str, ...]] = {
+                f"projection.{n}": (f"image_proj.{n}",) for n in adapter.projection.state_dict()
+            }
             for i in range(len(adapter.keys)):  # numbered with the attentions to the picture itself, which have none
                 names |= {
                     f"{ours}.{i}.weight": (f"ip_adapter.{2 * i + 1}.to_{letter}_ip.weight",) for ours, letter in _ROWS
