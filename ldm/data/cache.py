@@ -14,9 +14,10 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from ldm.data.dataset import CAPTION, FLIP, Batch, InTurn, ShardDataset, Stream, Tokenize, loader
+from ldm.data.dataset import Batch, ShardDataset, Tokenize, loader
 from ldm.data.order import locate
 from ldm.data.shards import Shards
+from ldm.data.stream import CAPTION, FLIP, InTurn, Stream
 from ldm.errors import UserError
 from ldm.files import replacing
 
@@ -36,7 +37,7 @@ class CachedDataset:
         self._flat = latents.reshape(views * n, *latents.shape[2:])
         known: dict[str, int] = {}  # each distinct caption and its number
         numbers, counts, keys = [], [], []
-        for shard, index in zip(*(part.tolist() for part in locate(shards.counts, np.arange(n))), strict=True):
+        for shard, index in zip(*(part.tolist() for part in locate(shards.ends, np.arange(n))), strict=True):
             options = shards.describe(shard, index)["captions"]
             numbers += [known.setdefault(option, len(known)) for option in options]
             counts.append(len(options))

@@ -1,168 +1,233 @@
-"""Batches of pictures and captions from shards: a map-style dataset over the positions of the stream of `order`.
+"""Batches of pictures and captions from shards: a map-style dataset over the positions of a stream.
 
-The item at a position is a pure function of (seed, position): which sample, which of its captions, crop and flip. A
-training run that keeps the number of samples it has consumed can go on from there, on any number of ranks and workers.
+The item at a position is a pure function of (seed, position) and the files: which sample, which of its captions, crop
+and flip. A training run that keeps the number of samples it has consumed can go on from there, on any number of ranks
+and workers.
 """
 
-import itertools
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, Protocol, TypedDict, runtime_checkable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int, UInt8
-from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from ldm.data.images import decode, square
-from ldm.data.order import Ints, Order, locate, uniforms
-from ldm.data.shards import Damaged, Shards
+from ldm.data.loader import Batch as Batch
+from ldm.data.loader import Dataset as Dataset
+from ldm.data.loader import Limits
+from ldm.data.loader import loader as loader
+from ldm.data.mixing import Buckets
+from ldm.data.order import Ints, locate
+from ldm.data.remote import Cache
+from ldm.data.shards import Run, Shards
+from ldm.data.stream import CAPTION, CROP_X, FLIP, InTurn, Shuffled, Stream, shuffled, sources
+from ldm.data.stream import DataConfig as DataConfig
+from ldm.data.tars import Damaged
 from ldm.errors import UserError
 
-CAPTION, FLIP, CROP_X, CROP_Y = range(4)  # the random numbers of a position, in this order
 Tokenize = Callable[[list[str]], Int[Tensor, "b l"]]
-
-
-@dataclass(frozen=True)
-class DataConfig:
-    """Where the pictures are and how they are shown.
-
-    shards, validation: brace ranges, joined by `::`, or folders; size: pixels a side; crop: which square of a picture
-    that is not one; flip: mirror half of the pictures; seed: of the order, captions, crops and flips; workers:
-    processes that decode, 0 for the training process itself.
-    """
-
-    shards: str
-    validation: str = ""
-    size: int = 128
-    crop: Literal["center", "random"] = "center"
-    flip: bool = False
-    seed: int = 0
-    workers: int = 2
-
-
-class Batch(TypedDict, total=False):
-    """What a dataset yields: `image`, or `mean` and `std` of its latent; `tokens` where a tokenizer was given."""
-
-    image: UInt8[Tensor, "b 3 h w"]
-    mean: Float[Tensor, "b c h w"]
-    std: Float[Tensor, "b c h w"]
-    tokens: Int[Tensor, "b l"]
-    caption: list[str]
-    key: list[str]
-    position: Int[Tensor, " b"]
-
-
-@runtime_checkable
-class Dataset(Protocol):
-    """Samples at positions of a stream; `len` is one epoch."""
-
-    def __len__(self) -> int: ...
-    def __getitems__(self, positions: Sequence[int]) -> Batch: ...
-
-
-@runtime_checkable
-class Stream(Protocol):
-    """What stands at each position: which sample of all those in the shards, and the four numbers of its choices."""
-
-    def rows(self, positions: Ints) -> Ints: ...
-    def choices(self, positions: Ints) -> NDArray[np.float64]: ...
-
-
-class Shuffled(Order):
-    """The endless training stream: shuffled anew in each epoch, with choices keyed by (seed, position)."""
-
-    def choices(self, positions: Ints) -> NDArray[np.float64]:
-        return uniforms(self.seed, positions, 4)
-
-
-@dataclass(frozen=True)
-class InTurn:
-    """Every sample in the order of the shards, with its first caption, not mirrored, cropped at the centre."""
-
-    length: int
-
-    def rows(self, positions: Ints) -> Ints:
-        return np.asarray(positions, np.int64) % self.length
-
-    def choices(self, positions: Ints) -> NDArray[np.float64]:
-        return np.tile([0.0, 1.0, 0.5, 0.5], (len(positions), 1))
+_MEMO = 100_000  # captions whose tokens are kept
+_TRIES = 1000  # samples that may stand in for a damaged one
 
 
 class TokenMemo:
-    """Caption -> token ids, each distinct caption tokenised once in this process."""
+    """Caption -> token ids; those of the captions seen last are kept in this process."""
 
     def __init__(self, tokenize: Tokenize) -> None:
         self._tokenize, self._known = tokenize, dict[str, Tensor]()
 
     def __call__(self, captions: Sequence[str]) -> Int[Tensor, "b l"]:
         new = [caption for caption in dict.fromkeys(captions) if caption not in self._known]
+        if len(self._known) > _MEMO:
+            self._known, new = {}, list(dict.fromkeys(captions))
         for start in range(0, len(new), 1024):
             part = new[start : start + 1024]
             self._known.update(zip(part, self._tokenize(part), strict=True))
         return torch.stack([self._known[caption] for caption in captions])
 
 
-class ShardDataset:
-    """Pictures decoded from shards. Damaged, naming shard and key, for a sample that cannot be read."""
+class View(NamedTuple):
+    """One sample as it is shown."""
 
-    def __init__(self, shards: Shards, stream: Stream, config: DataConfig, tokenize: Tokenize | None = None) -> None:
+    pixels: UInt8[np.ndarray, "h w 3"]
+    size_ids: list[int]
+    captions: list[str]
+    key: str
+
+
+class ShardDataset:
+    """Pictures decoded from shards.
+
+    A sample that is damaged is replaced by the one at the same place of the next shard of its source (and its size),
+    and so on; once around, by the one behind it: a pure function of the files. With max_damaged 0 it is Damaged,
+    naming shard and key.
+    """
+
+    def __init__(
+        self,
+        shards: Shards,
+        stream: Stream,
+        config: DataConfig,
+        tokenize: Tokenize | None = None,
+        *,
+        limits: Limits | None = None,
+    ) -> None:
         self.shards, self.stream, self.config = shards, stream, config
+        self.limits = limits or Limits(config.patience, config.max_damaged)
         self.tokenize = TokenMemo(tokenize) if tokenize else None
+        self.columns = _columns(config, 1 + max(shards.sources))
 
     def __len__(self) -> int:
-        return sum(self.shards.counts)
+        return int(self.shards.ends[-1])
 
     def __getitem__(self, position: int) -> Batch:
         return self.__getitems__([position])
 
     def __getitems__(self, positions: Sequence[int]) -> Batch:
-        """The batch at these positions of the stream: images (b, 3, size, size) in 0..255."""
+        """The batch at these positions of the stream: images (b, 3, h, w) in 0..255."""
         places = np.asarray(positions, np.int64)
         numbers = self.stream.choices(places)
         if self.config.crop == "center":
             numbers[:, CROP_X:] = 0.5
-        shards, indices = locate(self.shards.counts, self.stream.rows(places))
-        images = np.empty((len(places), self.config.size, self.config.size, 3), np.uint8)
-        captions, keys = [], []
-        for i, (shard, index) in enumerate(zip(shards.tolist(), indices.tolist(), strict=True)):
-            picture = square(self._decode(shard, index), self.config.size, *numbers[i, CROP_X:])
-            images[i] = np.asarray(picture)
-            options = self.shards.describe(shard, index)["captions"]
-            captions.append(options[int(numbers[i, CAPTION] * len(options))])
-            keys.append(self.shards.samples(shard)[index].key)
+        problems: list[str] = []
+        views = [
+            self._whole(row, problems, *crop)
+            for row, crop in zip(self.stream.rows(places).tolist(), numbers[:, CROP_X:].tolist(), strict=True)
+        ]
+        if len({view.pixels.shape for view in views}) > 1:
+            raise UserError(f"positions {positions[0]} to {positions[-1]} have pictures of several sizes")
+        images = np.stack([view.pixels for view in views])
         if self.config.flip:
             mirrored = numbers[:, FLIP] < 0.5
             images[mirrored] = images[mirrored, :, ::-1]
-        image = torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
-        batch = Batch(image=image, caption=captions, key=keys, position=torch.from_numpy(places))
+        captions = [
+            view.captions[int(draw * len(view.captions))] for view, draw in zip(views, numbers[:, CAPTION], strict=True)
+        ]
+        batch = Batch(
+            image=torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2))),
+            size_ids=torch.tensor([view.size_ids for view in views]),
+            caption=captions,
+            key=[view.key for view in views],
+            position=torch.from_numpy(places),
+        )
         if self.tokenize:
             batch["tokens"] = self.tokenize(captions)
+        if problems:
+            batch["problems"] = problems
         return batch
 
-    def _decode(self, shard: int, index: int) -> Any:
-        data = self.shards.image(shard, index)
+    def about(self) -> str:
+        """One line for a person."""
+        text = f"{len(self)} pictures in {len(self.shards.paths)} shards"
+        order = self.stream.order if isinstance(self.stream, Shuffled) else None
+        if isinstance(order, Buckets):
+            text += (
+                f" of {len(order.sizes)} sizes; {order.leftovers} of an epoch fill no batch of {order.batch}: "
+                "they come first in the next"
+            )
+        return text
+
+    def where(self, positions: Sequence[int]) -> list[str]:
+        """The shards that hold these positions."""
+        shards, _ = locate(self.shards.ends, self.stream.rows(np.asarray(positions, np.int64)))
+        return [str(self.shards.paths[shard]) for shard in np.unique(shards).tolist()]
+
+    def row(self, row: int, x: float = 0.5, y: float = 0.5) -> View:
+        """The sample of a number over all shards. Damaged where it cannot be read."""
+        run = self._run(row)
+        sample = self.shards.sample(run.shard, row - self._first(run.shard))
+        columns = sample.columns()
+        captions = sample.captions(columns, self.columns[self.shards.sources[run.shard]])
         try:
-            return decode(data)
+            picture = decode(sample.image)
         except ValueError as error:
-            key, path = self.shards.samples(shard)[index].key, str(self.shards.paths[shard])
-            raise Damaged(f"sample {key!r} of shard {path!r}: {error}") from None
+            raise error if isinstance(error, Damaged) else Damaged(f"{sample.place}: {error}") from None
+        if self.config.buckets:
+            if f"{picture.width}x{picture.height}" != run.size:
+                found = f"{picture.width}x{picture.height}"
+                raise Damaged(f"{sample.place} has {found} pixels, its manifest says {run.size}")
+            ids = _size_ids(columns, picture.size, 1.0, (0, 0), picture.size)
+        else:
+            size, side = self.config.size, min(picture.size)
+            left, top = round((picture.width - side) * x), round((picture.height - side) * y)
+            ids = _size_ids(columns, picture.size, size / side, (left, top), (size, size))
+            picture = square(picture, size, x, y)
+        return View(np.asarray(picture), ids, captions, sample.key)
+
+    def _whole(self, row: int, problems: list[str], x: float, y: float) -> View:
+        """The sample of a number, or the one that stands in for it."""
+        try:
+            return self.row(row, x, y)
+        except Damaged as error:
+            if not self.config.max_damaged:
+                raise
+            first = str(error)
+        problems.append(first)
+        run = self._run(row)
+        alike = self._alike[self.shards.sources[run.shard], run.size]
+        place, inside = alike.index(run), row - run.first
+        for attempt in range(1, _TRIES):
+            around, turn = divmod(place + attempt, len(alike))
+            other = alike[turn]
+            try:
+                return self.row(other.first + (inside + around) % other.samples, x, y)
+            except Damaged:
+                continue
+        raise Damaged(f"{first}, and none of {_TRIES} others can stand in for it")
+
+    def _first(self, shard: int) -> int:
+        return int(self.shards.ends[shard]) - self.shards.counts[shard]
+
+    @cached_property
+    def _runs(self) -> list[Run]:
+        """What stands behind what: shards, or where they have buckets, the parts of one size."""
+        if self.config.buckets:
+            found = self.shards.runs()
+        else:
+            found = [Run(s, "", self._first(s), count) for s, count in enumerate(self.shards.counts)]
+        return [run for run in found if run.samples]
+
+    @cached_property
+    def _alike(self) -> dict[tuple[int, str], list[Run]]:
+        found: dict[tuple[int, str], list[Run]] = {}
+        for run in self._runs:
+            found.setdefault((self.shards.sources[run.shard], run.size), []).append(run)
+        return found
+
+    @cached_property
+    def _firsts(self) -> Ints:
+        return np.array([run.first for run in self._runs])
+
+    def _run(self, row: int) -> Run:
+        return self._runs[int(np.searchsorted(self._firsts, row, "right")) - 1]
 
 
-def open_dataset(config: DataConfig, tokenize: Tokenize | None = None) -> ShardDataset:
-    """The training stream: shuffled, epoch after epoch. UserError for shards that are missing or not shards."""
-    shards = Shards(config.shards)
-    return ShardDataset(shards, Shuffled(shards.counts, config.seed), config, tokenize)
+def open_dataset(config: DataConfig, tokenize: Tokenize | None = None, *, batch: int = 1) -> ShardDataset:
+    """The training stream: shuffled, epoch after epoch; with buckets, `batch` positions in a row have one size.
+
+    UserError for shards that are missing or not shards, and for a mixture or a cache that cannot work.
+    """
+    shards = _open_shards([source.pattern for source in sources(config.shards)], config)
+    stream = shuffled(shards, config, batch)
+    if config.epochs < 0 or config.readers < 1 or config.window < 0:
+        raise UserError("data.epochs and data.window must be 0 or more, data.readers 1 or more")
+    end = stream.order.end(config.epochs) if config.epochs else None
+    limits = Limits(config.patience, config.max_damaged, end, batch if config.buckets else 0)
+    return ShardDataset(shards, stream, config, tokenize, limits=limits)
 
 
 def open_validation(config: DataConfig, tokenize: Tokenize | None = None) -> ShardDataset:
-    """The pictures of `config.validation`. UserError where there are none."""
+    """The pictures of `config.validation`, as squares; none may be damaged. UserError where there are none."""
     if not config.validation:
         raise UserError("no validation shards: give --data.validation a range such as 'data/val/{00000..00001}.tar'")
-    shards = Shards(config.validation)
-    return ShardDataset(shards, InTurn(sum(shards.counts)), config, tokenize)
+    config = replace(config, max_damaged=0, buckets=False)
+    shards = _open_shards([source.pattern for source in sources(config.validation)], config)
+    return ShardDataset(shards, InTurn(int(shards.ends[-1])), config, tokenize)
 
 
 def to_image(image: UInt8[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 h w"]:
@@ -170,75 +235,39 @@ def to_image(image: UInt8[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 h w"]:
     return image.float() / 127.5 - 1
 
 
-def loader(
-    dataset: Dataset,
-    batch_size: int,
-    *,
-    start: int = 0,
-    stop: int | None = None,
-    rank: int = 0,
-    world: int = 1,
-    workers: int = 0,
-) -> Iterator[Batch]:
-    """Batches of `batch_size` over all ranks, from position `start` (the samples consumed so far) to before `stop`.
-
-    A rank gets its own `batch_size / world` positions of each batch; the last batch may be short, and is left out on a
-    rank that would get none of it. Without a stop there is no end. The workers change nothing but the speed.
-    ValueError for a batch that the ranks cannot share evenly.
-    """
-    if batch_size < 1 or batch_size % world:
-        raise ValueError(f"a batch of {batch_size} cannot be shared evenly by {world} processes")
-    positions = _Positions(batch_size, start, stop, rank, world)
-    batches: DataLoader[Any] = DataLoader(
-        _Quiet(dataset),  # type: ignore[arg-type]
-        batch_sampler=positions,
-        collate_fn=_same,
-        num_workers=workers,
-        pin_memory=torch.cuda.is_available(),
-        prefetch_factor=4 if workers else None,
-    )
-    for batch in batches:
-        if isinstance(batch, UserError):
-            raise batch
-        yield batch
+def _open_shards(patterns: Sequence[str], config: DataConfig) -> Shards:
+    if not 0 <= config.max_damaged <= 1:
+        raise UserError(f"data.max_damaged {config.max_damaged} is not a share: give 0 to 1, such as 0.01")
+    cache = Cache(Path(config.cache).expanduser(), int(config.cache_gb * 1e9), config.patience)
+    shards = Shards(*patterns, tolerate=config.max_damaged, cache=cache)
+    remote = sorted(e.bytes for path, e in zip(shards.paths, shards.entries, strict=True) if isinstance(path, str))
+    needed = sum(remote[-config.readers :])
+    if needed > cache.limit:
+        raise UserError(
+            f"{min(len(remote), config.readers)} remote shards are read side by side and need "
+            f"{needed / 1e9:.3g} GB: raise data.cache_gb {config.cache_gb:g} or lower data.readers"
+        )
+    return shards
 
 
-@dataclass(frozen=True)
-class _Positions:
-    """The lists of positions that one rank reads."""
-
-    batch_size: int
-    start: int
-    stop: int | None
-    rank: int
-    world: int
-
-    def __iter__(self) -> Iterator[list[int]]:
-        share = self.batch_size // self.world
-        for first in itertools.count(self.start, self.batch_size):
-            if self.stop is not None and first >= self.stop:
-                return
-            last = first + (self.rank + 1) * share
-            mine = list(range(last - share, last if self.stop is None else min(last, self.stop)))
-            if mine:
-                yield mine
+def _columns(config: DataConfig, count: int) -> list[str]:
+    """The column of captions of each source."""
+    names = [name.strip() for name in config.captions.split(",")]
+    if len(names) == 1:
+        names *= count
+    if len(names) < count:
+        raise UserError(f"data.captions {config.captions!r} has {len(names)} parts for {count} sources")
+    return names
 
 
-@dataclass(frozen=True)
-class _Quiet:
-    """Hands a UserError back as the batch: a worker process would bury its one line in a traceback."""
+def _size_ids(
+    columns: dict[str, Any], size: tuple[int, int], scale: float, corner: tuple[int, int], target: tuple[int, int]
+) -> list[int]:
+    """SDXL's six numbers of a crop of a stored picture, which a preparation may have cropped before."""
 
-    dataset: Dataset
+    def known(name: str, otherwise: int) -> int:
+        return value if isinstance(value := columns.get(name), int) else otherwise
 
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitems__(self, positions: Sequence[int]) -> Batch | UserError:
-        try:
-            return self.dataset.__getitems__(positions)
-        except UserError as error:
-            return error
-
-
-def _same(batch: Any) -> Any:
-    return batch
+    original = known("original_height", size[1]), known("original_width", size[0])
+    top, left = known("crop_top", 0) + corner[1], known("crop_left", 0) + corner[0]
+    return [*original, round(top * scale), round(left * scale), target[1], target[0]]

@@ -1,14 +1,16 @@
 """The order of data: which sample stands at a position of an endless stream, computed and never read.
 
 Position p lies in epoch p // n. There the shards are permuted, dealt to a fixed number of virtual readers, and each
-reader's samples are shuffled: fully inside a shard, and by at most WINDOW places along the reader's stream. The readers
-then take turns. All of it follows from (seed, epoch) and the shards' counts, so that resuming needs one integer, and
-any number of ranks and workers sees the same stream.
+reader's samples are shuffled: fully inside a shard, and by at most `window` places along the reader's stream. The
+readers then take turns. All of it follows from (seed, epoch) and the shards' counts, so that resuming needs one
+integer, and any number of ranks and workers sees the same stream. Any part of an epoch is worked out alone: a billion
+samples cost what the shuffle windows hold, and eight bytes a shard.
 """
 
+import bisect
 import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,59 +21,118 @@ WINDOW = 4096
 _STEP = np.uint64(0x9E3779B97F4A7C15)  # 2**64 / golden ratio
 
 
-class Order:
-    """The endless shuffled stream over shards of the given counts."""
+class Reader(NamedTuple):
+    """The shards that a virtual reader goes through in an epoch, and where each begins in its stream."""
 
-    def __init__(self, counts: Sequence[int], seed: int) -> None:
-        if not sum(counts):
+    shards: Ints
+    starts: Ints
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+
+class Order:
+    """The endless shuffled stream over shards of the given counts.
+
+    readers: shards that are read side by side; window: how far a sample may move along its reader's stream; firsts: the
+    number of each shard's first sample, where the shards are some of many.
+    """
+
+    def __init__(
+        self,
+        counts: Sequence[int],
+        seed: int,
+        *,
+        readers: int = READERS,
+        window: int = WINDOW,
+        firsts: Ints | None = None,
+    ) -> None:
+        self.counts, self.seed, self.readers, self.window = np.asarray(counts, np.int64), seed % 2**64, readers, window
+        starts = np.cumsum(self.counts) - self.counts
+        self.firsts = starts if firsts is None else firsts
+        self.length = int(self.counts.sum())
+        if not self.length:
             raise ValueError("an order needs at least one sample")
-        self.counts, self.seed = tuple(counts), seed % 2**64
-        self._starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
-        self._epoch = functools.lru_cache(2)(self._shuffled)  # a batch may span two epochs
+        self._size = readers * max(window, 1024)  # rows worked out at a time: few enough to keep, many enough to pay
+        self._forget()
+
+    def _forget(self) -> None:
+        self._dealt = functools.lru_cache(2)(self._deal)  # a batch may span two epochs
+        self._block = functools.lru_cache(3)(self._shuffled)
 
     def __len__(self) -> int:
         """The samples of an epoch."""
-        return int(self._starts[-1])
+        return self.length
 
-    def __reduce__(self) -> tuple[type["Order"], tuple[tuple[int, ...], int]]:
-        return Order, (self.counts, self.seed)
+    def end(self, epochs: int) -> int:
+        """The position at which so many epochs are over."""
+        return epochs * self.length
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name not in ("_dealt", "_block")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._forget()
 
     def rows(self, positions: Ints) -> Ints:
         """The sample at each position, numbered from 0 over all the shards in their given order."""
-        epochs, offsets = np.divmod(np.asarray(positions, np.int64), len(self))
+        epochs, offsets = np.divmod(np.asarray(positions, np.int64), self.length)
+        blocks, places = np.divmod(offsets, self._size)
         rows = np.empty_like(offsets)
-        for epoch in np.unique(epochs):
-            here = epochs == epoch
-            rows[here] = self._epoch(int(epoch))[offsets[here]]
+        for epoch, block in sorted(set(zip(epochs.tolist(), blocks.tolist(), strict=True))):
+            here = (epochs == epoch) & (blocks == block)
+            rows[here] = self._block(epoch, block)[places[here]]
         return rows
 
-    def sample(self, position: int) -> tuple[int, int, int]:
-        """(epoch, shard, index in the shard) of a position."""
-        shard, index = locate(self.counts, self.rows(np.array([position])))
-        return position // len(self), int(shard[0]), int(index[0])
-
-    def _shuffled(self, epoch: int) -> Ints:
+    def _deal(self, epoch: int) -> list[Reader]:
         shards = _permutation(len(self.counts), self.seed, epoch, 0)
-        streams = [self._stream(shards[reader::READERS], epoch, reader + 1) for reader in range(READERS)]
-        turns = np.concatenate([np.arange(len(stream)) for stream in streams])
-        readers = np.repeat(np.arange(READERS), [len(stream) for stream in streams])
-        return np.concatenate(streams)[np.lexsort((readers, turns))]
+        hands = [shards[reader :: self.readers] for reader in range(self.readers)]
+        return [Reader(hand, np.concatenate([[0], np.cumsum(self.counts[hand])])) for hand in hands]
 
-    def _stream(self, shards: Ints, epoch: int, reader: int) -> Ints:
-        """What one reader yields: sorting by place + noise moves no sample further than the noise is wide."""
+    def _shuffled(self, epoch: int, block: int) -> Ints:
+        """The rows at offsets block * size and on: those turns of each reader that touch them, interleaved."""
+        readers = self._dealt(epoch)
+        lengths = np.array([len(reader) for reader in readers])
+
+        def before(turn: int) -> int:  # samples in all the turns before this one
+            return int(np.minimum(lengths, turn).sum())
+
+        first, last = block * self._size, min((block + 1) * self._size, self.length) - 1
+        turns = range(int(lengths.max()) + 1)
+        start, stop = (bisect.bisect_right(turns, offset, key=before) - 1 for offset in (first, last))
+        parts = [self._stream(reader, epoch, i + 1, start, stop + 1) for i, reader in enumerate(readers)]
+        taken = np.concatenate([np.arange(len(part)) for part in parts])
+        which = np.repeat(np.arange(self.readers), [len(part) for part in parts])
+        rows = np.concatenate(parts)[np.lexsort((which, taken))]
+        skipped = first - before(start)
+        return rows[skipped : skipped + last - first + 1].copy()
+
+    def _stream(self, reader: Reader, epoch: int, number: int, start: int, stop: int) -> Ints:
+        """Samples start .. stop - 1 of what one reader yields: sorting by place + noise below `window` moves none
+        further, so that none from 2 windows off takes part."""
+        stop = min(stop, len(reader))
+        if start >= stop:
+            return np.empty(0, np.int64)
+        low, high = max(0, start - 2 * self.window), min(len(reader), stop + 2 * self.window)
+        touched = range(
+            int(np.searchsorted(reader.starts, low, "right")) - 1, int(np.searchsorted(reader.starts, high))
+        )
         parts = [
-            _permutation(self.counts[s], self.seed, epoch, reader, s + 1) + self._starts[s] for s in shards.tolist()
+            _permutation(int(self.counts[s]), self.seed, epoch, number, s + 1) + self.firsts[s]
+            for s in reader.shards[touched.start : touched.stop].tolist()
         ]
-        rows = np.concatenate([np.empty(0, np.int64), *parts])
-        noise = np.random.PCG64([self.seed, epoch, reader]).random_raw(len(rows)) >> np.uint64(11)
-        return rows[np.argsort(np.arange(len(rows)) + noise * (WINDOW / 2**53), kind="stable")]
+        offset = int(reader.starts[touched.start])
+        rows = np.concatenate(parts)[low - offset : high - offset]
+        bits = np.random.PCG64([self.seed, epoch, number]).advance(low).random_raw(high - low) >> np.uint64(11)
+        ranks = np.argsort(np.arange(low, high) + bits * (self.window / 2**53), kind="stable")
+        return rows[ranks[start - low : stop - low]]
 
 
-def locate(counts: Sequence[int], rows: Ints) -> tuple[Ints, Ints]:
-    """(shard, index in the shard) of samples numbered over all the shards."""
-    ends = np.cumsum(counts)
+def locate(ends: Ints, rows: Ints) -> tuple[Ints, Ints]:
+    """(shard, index in the shard) of samples numbered over all the shards, which end at these numbers."""
     shards = np.searchsorted(ends, rows, side="right")
-    return shards, rows - (ends[shards] - np.asarray(counts)[shards])
+    return shards, rows - np.where(shards > 0, ends[shards - 1], 0)
 
 
 def uniforms(seed: int, positions: Ints, n: int) -> NDArray[np.float64]:

@@ -1,92 +1,144 @@
 """Shards: tar files as img2dataset and webdataset lay them out, with a manifest that says what each must hold.
 
-A sample is a run of members that share a key, the name up to its first dot: `000000012.webp`, `.txt`, `.json`. Only the
-extensions named here are ever read, so pickled members stay bytes in a file. A shard is scanned once for the place of
-its members; samples are then read with `pread`, in any order.
+Beside `00000.tar` lies `00000.idx`, the place and the sha256 of each sample: nothing that was altered is ever handed
+out. A shard whose manifest names no index is hashed whole when it is first opened. Of one without a manifest nothing is
+known but what it says itself.
 """
 
 import dataclasses
 import functools
 import io
 import json
-import os
 import tarfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
+import numpy as np
+
+from ldm.data import tars
+from ldm.data.remote import Cache, fetch_small, sizes
+from ldm.data.tars import IMAGES, Damaged, Index, load_index, scan
 from ldm.errors import UserError
 from ldm.files import replacing, sha256, write_json
 
-IMAGES = ("webp", "png", "jpg", "jpeg")
-MEMBERS = frozenset((*IMAGES, "txt", "json"))
 MANIFEST = "manifest.json"
-_BLOCK = 512
 _OPEN_SHARDS = 256  # below the usual limit of 1,024 open files
-
-
-class Damaged(UserError):
-    """A shard or a sample that is not what it should be; the text names the shard, and the key where there is one."""
 
 
 @dataclass(frozen=True)
 class Entry:
     """What a manifest says of one shard.
 
-    buckets: where pictures were cut to aspect-ratio buckets, "1216x832" (width x height) -> samples. The samples of a
-    shard lie in the order of this dict: with {"1024x1024": 5, "1216x832": 3} the first five are squares. Empty without
-    buckets. The .json of each sample has its `bucket`, and the values that SDXL is conditioned on, in pixels:
-    original_width, original_height (upright, before any resize), crop_top, crop_left (cut off after the resize), and
-    width, height (of the picture in the shard: the target size).
+    index: the sha256 of its .idx file. buckets: where pictures were cut to aspect-ratio buckets, "1216x832" (width x
+    height) -> samples. The samples of a shard lie in the order of this dict: with {"1024x1024": 5, "1216x832": 3} the
+    first five are squares. Empty without buckets. The .json of each sample has its `bucket`, and the values that SDXL
+    is conditioned on, in pixels: original_width, original_height (upright, before any resize), crop_top, crop_left
+    (cut off after the resize), and width, height (of the picture in the shard: the target size).
     """
 
     name: str
     samples: int
     bytes: int
     sha256: str
-    buckets: dict[str, int] = dataclasses.field(default_factory=dict)
+    index: str = ""
+    buckets: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Sample:
-    """Where a sample lies in its shard: extension -> (offset, length) in bytes."""
+    """What a shard holds of one picture: extension -> bytes. `place` names it in errors."""
 
     key: str
-    members: Mapping[str, tuple[int, int]]
+    members: Mapping[str, bytes]
+    place: str
+
+    @property
+    def image(self) -> bytes:
+        """The bytes of the image, whichever of the allowed formats it has. Damaged without one."""
+        return self.member(next((e for e in IMAGES if e in self.members), IMAGES[0]))
+
+    def member(self, extension: str) -> bytes:
+        """The bytes of one member. Damaged where it is missing."""
+        if extension not in self.members:
+            raise Damaged(f"{self.place} has no .{extension}")
+        return self.members[extension]
+
+    def columns(self) -> dict[str, Any]:
+        """What the .json says, nothing without one. Damaged where it is broken."""
+        try:
+            columns = json.loads(self.members.get("json", b"{}"))
+        except ValueError as error:
+            raise Damaged(f"{self.place} has a broken .json: {error}") from None
+        if not isinstance(columns, dict):
+            raise Damaged(f"{self.place} has a broken .json: it holds no fields")
+        return columns
+
+    def captions(self, columns: Mapping[str, Any], column: str = "") -> list[str]:
+        """The captions in a column, or `txt`; without a name, those of the column `captions`, else the .txt.
+
+        Damaged without any.
+        """
+        found = columns.get(column or "captions")
+        if column == "txt" or (not column and not found):
+            try:
+                found = self.member("txt").decode().strip()
+            except UnicodeDecodeError as error:
+                raise Damaged(f"{self.place} has a broken .txt: {error}") from None
+        texts = [found] if isinstance(found, str) else found
+        if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
+            raise Damaged(f"{self.place} has no captions in {column or 'captions'!r}")
+        return texts
 
 
-def expand(pattern: str) -> list[Path]:
-    """The shard files that `a/{00000..00019}.tar::b/{0..3}.tar` names; a folder stands for all the shards in it.
+class Opened(NamedTuple):
+    """A shard in use. file: None for a remote one; places: where its samples lie; check: whether there are digests."""
 
-    UserError for a pattern that names nothing, is remote or a `pipe:`, or names a file that is not there.
+    file: BinaryIO | None
+    places: Index
+    check: bool
+
+
+Place = Path | str  # of a shard: a local file, or a URL
+
+
+def expand(pattern: str) -> list[Place]:
+    """The shards that `a/{00000..00019}.tar::s3://b/{0..3}.tar` names; a folder stands for all the shards in it.
+
+    UserError for a pattern that names nothing or is a `pipe:`, or names a file that is not there.
     """
     from braceexpand import braceexpand
 
-    paths: list[Path] = []
+    paths: list[Place] = []
     for part in filter(None, pattern.split("::")):
-        if part.startswith("pipe:") or "://" in part:
-            raise UserError(f"shards {part!r} are not local files: copy them to a local folder first")
+        if part.startswith("pipe:"):
+            raise UserError(f"shards {part!r}: commands are never run, give files or URLs")
         try:
             names = list(braceexpand(part))
         except ValueError:
             raise UserError(f"shards {part!r} have unbalanced braces: write them as {{00000..00019}}.tar") from None
-        for path in map(Path, names):
-            paths += _in_folder(path) if path.is_dir() else [path]
+        for name in names:
+            files = _in_folder(name) if _is_folder(name) else [name]
+            paths += [file if "://" in file else Path(file) for file in files]
     if not paths:
         raise UserError(f"no shards match {pattern!r}: give a range such as 'data/{{00000..00019}}.tar'")
-    missing = [path for path in paths if not path.is_file()]
-    if missing:
-        raise UserError(f"shard {str(missing[0])!r} is not there ({len(missing)} of {len(paths)} missing)")
     return paths
 
 
-def _in_folder(folder: Path) -> list[Path]:
-    return [folder / name for name in read_manifest(folder)] or sorted(folder.glob("*.tar"))
+def _is_folder(name: str) -> bool:
+    return not name.endswith(".tar") if "://" in name else Path(name).is_dir()
+
+
+def _in_folder(folder: str) -> list[str]:
+    return [f"{folder.rstrip('/')}/{name}" for name in read_manifest(folder)] or sorted(
+        str(path) for path in Path(folder).glob("*.tar")
+    )
 
 
 def write_shard(path: Path, samples: Iterable[tuple[str, Mapping[str, bytes]]]) -> Entry:
-    """Write (key, {extension: bytes}) samples as a tar whose bytes depend on nothing else, whole or not at all."""
+    """Write (key, {extension: bytes}) samples as a tar, and its index. Both are whole or not there at all, and their
+    bytes depend on nothing else."""
     count = 0
     with replacing(path) as temporary:
         with tarfile.open(temporary, "w", format=tarfile.USTAR_FORMAT) as tar:
@@ -97,7 +149,10 @@ def write_shard(path: Path, samples: Iterable[tuple[str, Mapping[str, bytes]]]) 
                     member.size = len(data)
                     tar.addfile(member, io.BytesIO(data))
         size, digest = temporary.stat().st_size, sha256(temporary)
-    return Entry(path.name, count, size, digest)
+        with replacing(path.with_suffix(".idx")) as index:
+            index.write_bytes(scan(temporary, hashed=True)[1].tobytes())
+            indexed = sha256(index)
+    return Entry(path.name, count, size, digest, indexed)
 
 
 def write_manifest(folder: Path, entries: Sequence[Entry]) -> None:
@@ -106,153 +161,181 @@ def write_manifest(folder: Path, entries: Sequence[Entry]) -> None:
     write_json(folder / MANIFEST, {"format": 1, "samples": sum(e.samples for e in entries), "shards": shards})
 
 
-def read_manifest(folder: Path) -> dict[str, Entry]:
+def read_manifest(folder: str | Path) -> dict[str, Entry]:
     """Shard name -> entry; empty where the folder has no manifest. UserError for a manifest that is not one."""
-    path = folder / MANIFEST
-    if not path.is_file():
+    path = f"{folder}/{MANIFEST}"
+    if "://" in path:
+        data = fetch_small(path)
+    else:
+        data = Path(path).read_bytes() if Path(path).is_file() else None
+    if data is None:
         return {}
     try:
-        entries = [Entry(**shard) for shard in json.loads(path.read_text())["shards"]]
+        entries = [Entry(**shard) for shard in json.loads(data)["shards"]]
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{str(path)!r} is not a manifest of shards ({error!r}): prepare the data again") from None
+        raise UserError(f"{path!r} is not a manifest of shards ({error!r}): prepare the data again") from None
     return {entry.name: entry for entry in entries}
-
-
-def scan(path: Path) -> list[Sample]:
-    """The samples of a tar file in order. Damaged where the file is cut short or is not a tar."""
-    samples: list[Sample] = []
-    key, members = "", dict[str, tuple[int, int]]()
-    for name, offset, size in _members(path):
-        folder, _, base = name.rpartition("/")
-        stem, _, extension = base.partition(".")
-        if extension.lower() not in MEMBERS:
-            continue
-        stem = f"{folder}/{stem}" if folder else stem
-        if stem != key or not samples:
-            key, members = stem, {}
-            samples.append(Sample(key, members))
-        members[extension.lower()] = (offset, size)
-    return samples
-
-
-def _members(path: Path) -> Iterator[tuple[str, int, int]]:
-    """(name, offset, size) of each file in a tar; tarfile itself takes 20 times as long."""
-    with path.open("rb") as file:
-        at, end = 0, os.fstat(file.fileno()).st_size
-        while True:
-            header = os.pread(file.fileno(), _BLOCK, at)
-            if len(header) < _BLOCK:
-                raise Damaged(f"shard {str(path)!r} is cut short at byte {end}: copy or prepare it again")
-            if header == bytes(_BLOCK):
-                return
-            try:
-                checksum, size = (
-                    int(header[148:156].split(b"\0")[0], 8),
-                    int(header[124:136].split(b"\0")[0] or b"0", 8),
-                )
-            except ValueError:
-                checksum, size = -1, 0
-            if checksum != sum(header) - sum(header[148:156]) + 8 * 32:
-                raise Damaged(f"shard {str(path)!r} is not a tar file at byte {at}: copy or prepare it again")
-            if header[156:157] not in (b"0", b"\0", b"5"):  # long names, sparse files: rare, and tarfile knows them
-                yield from _members_of_any_tar(path)
-                return
-            at += _BLOCK
-            if at + size > end:
-                raise Damaged(f"shard {str(path)!r} is cut short at byte {end}: copy or prepare it again")
-            if header[156:157] != b"5":
-                prefix = header[345:500].split(b"\0")[0] if header[257:262] == b"ustar" else b""
-                name = header[:100].split(b"\0")[0].decode("utf-8", "replace")
-                yield (f"{prefix.decode('utf-8', 'replace')}/{name}" if prefix else name), at, size
-            at += -(-size // _BLOCK) * _BLOCK
-
-
-def _members_of_any_tar(path: Path) -> Iterator[tuple[str, int, int]]:
-    try:
-        with tarfile.open(path, "r:") as tar:
-            yield from [(m.name, m.offset_data, m.size) for m in tar if m.isreg() and not m.issparse()]
-    except tarfile.TarError as error:
-        raise Damaged(f"shard {str(path)!r} is not a whole tar file ({error}): copy or prepare it again") from None
 
 
 class Shards:
     """Random access to the samples of many shards, found by their manifests, or by scanning where there is none.
 
-    `counts` holds the samples of each shard. Opening them checks that each file has the size its manifest says.
+    patterns: of one source each; `sources` says of which each shard is. tolerate: share of the samples that may lie in
+    shards whose size is wrong; they are then read as far as they can be. cache: where remote shards are kept.
+    `counts` holds the samples of each shard, `ends` the number of samples up to its end.
     """
 
-    def __init__(self, pattern: str) -> None:
-        self.paths = expand(pattern)
-        self.entries = [self._entry(path) for path in self.paths]
+    def __init__(self, *patterns: str, tolerate: float = 0.0, cache: Cache | None = None) -> None:
+        self.cache = cache
+        found = [expand(pattern) for pattern in patterns]
+        self.paths = [path for paths in found for path in paths]
+        self.sources = [source for source, paths in enumerate(found) for _ in paths]
+        broken: list[tuple[int, str]] = []
+        self.entries = [self._entry(path, size, broken) for path, size in self._sizes()]
         self.counts = [entry.samples for entry in self.entries]
+        self.ends = np.cumsum(self.counts)
+        if sum(count for count, _ in broken) > tolerate * sum(self.counts):
+            raise Damaged(broken[0][1])
         if not sum(self.counts):
-            raise UserError(f"shards {pattern!r} hold no samples: prepare the data again")
-        self._caches()
+            raise UserError(f"shards {'::'.join(patterns)!r} hold no samples: prepare the data again")
+        self._forget()
 
-    def _entry(self, path: Path) -> Entry:
-        size, known = path.stat().st_size, _manifest(path.parent).get(path.name)
+    def _sizes(self) -> list[tuple[Place, int]]:
+        """Each shard and its bytes, -1 where a server does not tell them. UserError where one is not there."""
+        remote = [path for path in self.paths if isinstance(path, str)]
+        if remote and self.cache is None:
+            raise UserError(f"shards {remote[0]!r} are not local files: copy them to a local folder first")
+        known: dict[Place, int | None] = dict(zip(remote, sizes(remote), strict=True))
+        for path in self.paths:
+            if isinstance(path, Path):
+                known[path] = path.stat().st_size if path.is_file() else None
+        missing = [path for path in self.paths if known[path] is None]
+        if missing:
+            raise UserError(f"shard {str(missing[0])!r} is not there ({len(missing)} of {len(self.paths)} missing)")
+        return [(path, known[path] or 0) for path in self.paths]
+
+    def _entry(self, path: Place, size: int, broken: list[tuple[int, str]]) -> Entry:
+        folder, _, name = str(path).rpartition("/")
+        known = _manifest(folder or ".").get(name)
         if known is None:
-            return Entry(path.name, len(scan(path)), size, "")
-        if known.bytes != size:
-            raise Damaged(
-                f"shard {str(path)!r} has {size} bytes, its manifest says {known.bytes}: copy or prepare it again"
-            )
+            if isinstance(path, str):
+                raise UserError(f"shard {path!r} has no {MANIFEST} beside it that names it: remote shards need one")
+            return Entry(name, len(scan(Path(path))[1]), size, "")
+        if size not in (-1, known.bytes):
+            text = f"shard {str(path)!r} has {size} bytes, its manifest says {known.bytes}: copy or prepare it again"
+            broken.append((known.samples, text))
         return known
 
-    def _caches(self) -> None:
-        self.samples = functools.lru_cache(_OPEN_SHARDS)(self._scan)
-        self._file = functools.lru_cache(_OPEN_SHARDS)(self._open)
+    def _forget(self) -> None:
+        self._opened = functools.lru_cache(_OPEN_SHARDS)(self._open)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key not in ("samples", "_file")}
+        return {key: value for key, value in self.__dict__.items() if key != "_opened"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:  # open files stay in the process that opened them
         self.__dict__.update(state)
-        self._caches()
+        self._forget()
 
-    def _scan(self, shard: int) -> list[Sample]:
-        samples = scan(self.paths[shard])
-        if len(samples) != self.counts[shard]:
-            place = f"shard {str(self.paths[shard])!r}"
-            raise Damaged(f"{place} holds {len(samples)} samples, its manifest says {self.counts[shard]}")
-        return samples
+    def _open(self, shard: int) -> Opened | str:
+        """A shard in use, or what is wrong with it."""
+        path, entry = self.paths[shard], self.entries[shard]
+        try:
+            local = self._local(shard)
+            index = self._index(shard, local)
+            check = index is not None
+            if index is None:
+                if entry.sha256 and isinstance(path, Path) and sha256(path) != entry.sha256:
+                    raise Damaged(f"shard {str(path)!r} is not what its manifest says (sha256): copy it again")
+                index = scan(local)[1]
+            if len(index) != entry.samples:
+                raise Damaged(f"shard {str(path)!r} holds {len(index)} samples, its manifest says {entry.samples}")
+        except Damaged as error:
+            return str(error)
+        return Opened(local.open("rb") if isinstance(path, Path) else None, index, check)
 
-    def _open(self, shard: int) -> BinaryIO:
-        return self.paths[shard].open("rb")
+    def _local(self, shard: int) -> Path:
+        path, entry = self.paths[shard], self.entries[shard]
+        if isinstance(path, Path):
+            return path
+        assert self.cache  # or it would have been refused
+        return self.cache.get(path, entry.sha256, entry.bytes)
 
-    def read(self, shard: int, index: int, extension: str) -> bytes:
-        """The bytes of one member. Damaged where the sample has no such member."""
-        sample = self.samples(shard)[index]
-        if extension not in sample.members:
-            raise Damaged(f"sample {sample.key!r} of shard {str(self.paths[shard])!r} has no .{extension}")
-        offset, size = sample.members[extension]
-        return os.pread(self._file(shard).fileno(), size, offset)
+    def _index(self, shard: int, local: Path) -> Index | None:
+        path, entry = self.paths[shard], self.entries[shard]
+        if not entry.index:
+            return None
+        if isinstance(path, Path):
+            return load_index(path.with_suffix(".idx"), entry.index)
+        assert self.cache
+        try:
+            url = f"{path.removesuffix('.tar')}.idx"
+            return load_index(self.cache.get(url, entry.index, 44 * entry.samples), entry.index)
+        except UserError:
+            return None  # the shards alone were uploaded
+
+    def sample(self, shard: int, index: int) -> Sample:
+        """One sample, checked. Damaged where it or its shard was altered or cut short."""
+        opened = self._opened(shard)
+        if isinstance(opened, str):
+            raise Damaged(opened)
+        shown, record = f"shard {str(self.paths[shard])!r}", opened.places[index]
+        place = f"sample {index} of {shown}"
+        if opened.file:
+            key, members = tars.read(opened.file.fileno(), record, place, check=opened.check)
+        else:
+            with self._fetched(shard) as file:
+                key, members = tars.read(file.fileno(), record, place, check=opened.check)
+        return Sample(key, members, f"sample {key!r} of {shown}")
+
+    def _fetched(self, shard: int) -> BinaryIO:
+        """A remote shard, which other processes may put out of the cache at any time."""
+        while True:
+            try:
+                return self._local(shard).open("rb")
+            except FileNotFoundError:
+                continue
+
+    def samples(self, shard: int) -> list[Sample]:
+        """The samples of a shard by key, none of them read. Damaged where it is cut short or no tar."""
+        return [Sample(key, {}, "") for key in scan(self._local(shard))[0]]
 
     def image(self, shard: int, index: int) -> bytes:
-        """The bytes of the image of a sample, whichever of the allowed formats it has."""
-        members = self.samples(shard)[index].members
-        return self.read(shard, index, next((e for e in IMAGES if e in members), IMAGES[0]))
+        """The bytes of the image of a sample. Damaged where there is none."""
+        return self.sample(shard, index).image
 
     def describe(self, shard: int, index: int) -> dict[str, Any]:
-        """The columns of a sample, and `captions`: those of its .json, else its .txt. Damaged without either."""
-        sample = self.samples(shard)[index]
-        try:
-            columns = json.loads(self.read(shard, index, "json")) if "json" in sample.members else {}
-            if not columns.get("captions"):
-                columns["captions"] = [self.read(shard, index, "txt").decode().strip()]
-            elif isinstance(columns["captions"], str):
-                columns["captions"] = [columns["captions"]]
-        except (ValueError, AttributeError) as error:
-            place = f"sample {sample.key!r} of shard {str(self.paths[shard])!r}"
-            raise Damaged(f"{place} has a broken .json or .txt: {error}") from None
-        return columns
+        """The columns of a sample with its `captions`. Damaged where it has none."""
+        sample = self.sample(shard, index)
+        columns = sample.columns()
+        return {**columns, "captions": sample.captions(columns)}
+
+    def runs(self) -> list["Run"]:
+        """The samples of one size after another. UserError for a shard that was made without sizes."""
+        found = []
+        for shard, entry in enumerate(self.entries):
+            first = int(self.ends[shard]) - entry.samples
+            if sum(entry.buckets.values()) != entry.samples:
+                raise UserError(f"shard {str(self.paths[shard])!r} was made without buckets: prepare it with them")
+            for size, count in entry.buckets.items():
+                found.append(Run(shard, size, first, count))
+                first += count
+        return found
+
+
+class Run(NamedTuple):
+    """Samples that lie one behind the other and have one size, "WxH"; numbered over all the shards from `first`."""
+
+    shard: int
+    size: str
+    first: int
+    samples: int
 
 
 @functools.lru_cache(64)
-def _manifest_at(folder: Path, changed: int) -> dict[str, Entry]:
+def _manifest_at(folder: str, changed: int) -> dict[str, Entry]:
     return read_manifest(folder)
 
 
-def _manifest(folder: Path) -> dict[str, Entry]:
-    path = folder / MANIFEST
-    return _manifest_at(folder, path.stat().st_mtime_ns if path.is_file() else 0)
+def _manifest(folder: str) -> dict[str, Entry]:
+    path = Path(folder) / MANIFEST
+    return _manifest_at(folder, path.stat().st_mtime_ns if "://" not in folder and path.is_file() else 0)

@@ -1,11 +1,13 @@
 """The order of data: each sample once an epoch, whatever the layout, from the position alone."""
 
+import pickle
+import tracemalloc
+
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ldm.data import order as module
-from ldm.data.order import Order, locate, uniforms
+from ldm.data.order import Order, _permutation, locate, uniforms
 
 COUNTS = st.lists(st.integers(0, 40), min_size=1, max_size=150).filter(any)
 
@@ -24,11 +26,36 @@ def test_a_position_says_it_all(counts, seed, data):
     """Asked for alone, in any order, by a copy: a position always holds the same sample."""
     whole = Order(counts, seed).rows(np.arange(3 * sum(counts)))
     positions = np.array(data.draw(st.lists(st.integers(0, len(whole) - 1), min_size=1)))
-    assert np.array_equal(Order(counts, seed).rows(positions), whole[positions])
-    epoch, shard, index = Order(counts, seed).sample(int(positions[0]))
-    assert epoch == positions[0] // sum(counts)
-    assert sum(counts[:shard]) + index == whole[positions[0]]
-    assert index < counts[shard]
+    assert np.array_equal(pickle.loads(pickle.dumps(Order(counts, seed))).rows(positions), whole[positions])
+
+
+@given(COUNTS, st.integers(1, 9), st.integers(0, 30), st.integers(20, 300))
+@settings(deadline=None, max_examples=40)
+def test_a_part_of_an_epoch_is_that_part_of_the_whole(counts, readers, window, size):
+    """Worked out in windows, the order is the one that is defined over a whole epoch."""
+    starts, epoch, seed = np.cumsum([0, *counts]), 4, 11
+    shards, streams = _permutation(len(counts), seed, epoch, 0), []
+    for reader in range(readers):
+        hand = shards[reader::readers].tolist()
+        parts = [_permutation(counts[s], seed, epoch, reader + 1, s + 1) + starts[s] for s in hand]
+        rows = np.concatenate([np.empty(0, np.int64), *parts])
+        noise = np.random.PCG64([seed, epoch, reader + 1]).random_raw(len(rows)) >> np.uint64(11)
+        streams.append(rows[np.argsort(np.arange(len(rows)) + noise * (window / 2**53), kind="stable")])
+    longest = max(map(len, streams))
+    whole = [int(stream[turn]) for turn in range(longest) for stream in streams if turn < len(stream)]
+    order = Order(counts, seed, readers=readers, window=window)
+    order._size = size
+    assert order.rows(epoch * len(order) + np.arange(len(order))).tolist() == whole
+
+
+def test_a_billion_samples_cost_what_a_window_holds():
+    tracemalloc.start()
+    order = Order([10_000] * 100_000, 1)
+    far = order.rows(np.arange(678_901_000, 678_901_256))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(set((far // 10_000).tolist())) == 64
+    assert peak < 64e6
 
 
 def test_epochs_and_seeds_differ():
@@ -43,20 +70,24 @@ def test_this_order_never_changes():
     assert Order([5, 3, 4], 7).rows(np.arange(12)).tolist() == [0, 9, 5, 2, 8, 7, 3, 10, 6, 4, 11, 1]
 
 
-def test_a_batch_mixes_shards_and_a_shard_is_read_within_a_window(monkeypatch):
-    order = Order([100] * 200, 0)
-    shards, _ = locate(order.counts, order.rows(np.arange(20_000)))
+def test_a_batch_mixes_shards_and_a_shard_is_read_within_a_window():
+    shards = Order([100] * 200, 0).rows(np.arange(20_000)) // 100
     assert len(set(shards[:64])) == 64
-    monkeypatch.setattr(module, "READERS", 1)
-    monkeypatch.setattr(module, "WINDOW", 150)
-    shards, _ = locate(order.counts, Order([100] * 200, 0).rows(np.arange(20_000)))
+    shards = Order([100] * 200, 0, readers=1, window=150).rows(np.arange(20_000)) // 100
     spans = [np.ptp(np.flatnonzero(shards == shard)) for shard in range(200)]
     assert max(spans) < 100 + 2 * 150
     assert np.median(spans) > 150  # and the window does shuffle over its neighbours
+    one_by_one = Order([100] * 200, 0, readers=1, window=0).rows(np.arange(20_000)) // 100
+    assert (np.diff(one_by_one) != 0).sum() == 199
+
+
+def test_shards_may_be_some_of_many():
+    rows = Order([5, 7], 0, firsts=np.array([100, 50])).rows(np.arange(12))
+    assert sorted(rows) == [*range(50, 57), *range(100, 105)]
 
 
 def test_locate_skips_empty_shards():
-    shards, indices = locate([0, 2, 0, 3], np.arange(5))
+    shards, indices = locate(np.cumsum([0, 2, 0, 3]), np.arange(5))
     assert shards.tolist() == [1, 1, 3, 3, 3]
     assert indices.tolist() == [0, 1, 0, 1, 2]
 

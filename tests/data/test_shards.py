@@ -4,11 +4,15 @@ import dataclasses
 import io
 import pickle
 import tarfile
+from collections.abc import Callable
+from pathlib import Path
 
+import numpy as np
 import pytest
 import webdataset
 
-from ldm.data.shards import Damaged, Shards, expand, read_manifest, scan, write_manifest, write_shard
+from ldm.data.shards import Damaged, Shards, expand, read_manifest, write_manifest, write_shard
+from ldm.data.tars import scan
 from ldm.errors import UserError
 
 
@@ -27,7 +31,7 @@ def test_names_expand(folder):
         ("", "no shards match ''"),
         ("{folder}/{{00000..00003}}.tar", r"00003.tar' is not there \(1 of 4 missing\)"),
         ("{folder}/{{0..", "unbalanced braces"),
-        ("pipe:cat {folder}/00000.tar", "are not local files"),
+        ("pipe:cat {folder}/00000.tar", "commands are never run"),
         ("s3://bucket/00000.tar", "are not local files"),
         ("{folder}/empty", "no shards match"),
     ],
@@ -35,7 +39,7 @@ def test_names_expand(folder):
 def test_names_that_match_nothing_are_refused(folder, pattern, message):
     (folder / "empty").mkdir()
     with pytest.raises(UserError, match=message):
-        expand(pattern.format(folder=folder))
+        Shards(pattern.format(folder=folder))
 
 
 def test_the_same_samples_give_the_same_bytes(folder, tmp_path, sample):
@@ -86,8 +90,10 @@ def test_tars_of_other_tools(tmp_path, kind):
             member = tarfile.TarInfo(name)
             member.size = len(data)
             tar.addfile(member, io.BytesIO(data))
-    found = scan(tmp_path / "a.tar")
-    assert [(s.key, sorted(s.members)) for s in found] == [("pictures/a", ["txt"]), (long, ["jpg"])]
+    assert scan(tmp_path / "a.tar")[0] == ["pictures/a", long]
+    shards = Shards(str(tmp_path / "a.tar"))
+    assert [sorted(shards.sample(0, i).members) for i in range(2)] == [["txt"], ["jpg"]]
+    assert shards.sample(0, 1).image == b"3"
     assert Shards(str(tmp_path / "a.tar")).describe(0, 0)["captions"] == ["one"]
 
 
@@ -117,11 +123,14 @@ def test_what_is_not_a_tar_is_refused(folder):
 
 def test_a_manifest_of_other_shards_is_seen(folder):
     path, manifest = folder / "00001.tar", read_manifest(folder)
-    write_shard(path, [("0", {"txt": b"x"})])
-    manifest[path.name] = dataclasses.replace(manifest[path.name], bytes=path.stat().st_size)
-    write_manifest(folder, list(manifest.values()))
-    with pytest.raises(Damaged, match="holds 1 samples, its manifest says 6"):
-        Shards(str(path)).image(0, 0)
+    entry = write_shard(path, [("0", {"txt": b"x"})])
+    for wrong, message in (
+        (dataclasses.replace(entry, sha256="0" * 64, index=""), "is not what its manifest says"),
+        (dataclasses.replace(entry, samples=6), "holds 1 samples, its manifest says 6"),
+    ):
+        write_manifest(folder, list((manifest | {path.name: wrong}).values()))
+        with pytest.raises(Damaged, match=message):
+            Shards(str(path)).image(0, 0)
 
 
 @pytest.mark.parametrize("text", ["[]", "{", '{"shards": [{"name": "x"}]}'])
@@ -136,9 +145,9 @@ def test_a_broken_manifest_is_refused(folder, text):
     [
         ({"txt": b"x"}, "sample '7' of shard .*a.tar' has no .webp"),
         ({"png": b"x"}, "sample '7' of shard .*a.tar' has no .txt"),
-        ({"png": b"x", "json": b"{"}, "sample '7' of shard .*a.tar' has a broken .json or .txt"),
-        ({"png": b"x", "json": b"[]"}, "sample '7' of shard .*a.tar' has a broken .json or .txt"),
-        ({"png": b"x", "txt": b"\xff"}, "sample '7' of shard .*a.tar' has a broken .json or .txt"),
+        ({"png": b"x", "json": b"{"}, "sample '7' of shard .*a.tar' has a broken .json"),
+        ({"png": b"x", "json": b"[]"}, "sample '7' of shard .*a.tar' has a broken .json"),
+        ({"png": b"x", "txt": b"\xff"}, "sample '7' of shard .*a.tar' has a broken .txt"),
     ],
 )
 def test_damaged_samples_are_named(tmp_path, members, message):
@@ -153,3 +162,84 @@ def test_empty_shards_are_refused(tmp_path):
     write_shard(tmp_path / "a.tar", [])
     with pytest.raises(UserError, match="hold no samples"):
         Shards(str(tmp_path / "a.tar"))
+
+
+@pytest.fixture
+def small(tmp_path, sample) -> tuple[Path, Callable[[], list[dict[str, bytes]]]]:
+    """A shard of three samples with its manifest, and what it now gives: samples, or None for damaged ones."""
+    path = tmp_path / "small.tar"
+    write_manifest(tmp_path, [write_shard(path, map(sample, range(3)))])
+
+    def given() -> list[dict[str, bytes] | None]:
+        shards, found = Shards(str(path), tolerate=1), []
+        for index in range(3):
+            try:
+                found.append(dict(shards.sample(0, index).members))
+            except Damaged as error:
+                assert str(path) in str(error)
+                found.append(None)
+        return found
+
+    return path, given
+
+
+@pytest.mark.parametrize("indexed", [True, False])
+def test_cut_anywhere_no_altered_sample_is_given(small, sample, indexed):
+    path, given = small
+    whole, good = path.read_bytes(), [sample(n)[1] for n in range(3)]
+    if not indexed:
+        path.with_suffix(".idx").unlink()
+    assert given() == good
+    for length in range(0, len(whole), 512):
+        path.write_bytes(whole[:length])
+        with pytest.raises(Damaged, match="its manifest says"):
+            Shards(str(path))
+        found = given()
+        assert all(one in (None, right) for one, right in zip(found, good, strict=True))
+        ends = [whole.index(members["json"]) + len(members["json"]) for members in good]
+        assert [one is not None for one in found] == [indexed and length >= end for end in ends]
+
+
+@pytest.mark.parametrize("indexed", [True, False])
+def test_a_thousand_flipped_bits_alter_no_sample(small, sample, indexed):
+    path, given = small
+    whole, good = path.read_bytes(), [sample(n)[1] for n in range(3)]
+    if not indexed:
+        path.with_suffix(".idx").unlink()
+    rng, lost = np.random.default_rng(0), 0
+    for bit in rng.integers(0, 8 * len(whole), 1000).tolist():
+        data = bytearray(whole)
+        data[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(data)
+        found = given()
+        assert all(one in (None, right) for one, right in zip(found, good, strict=True))
+        assert found.count(None) <= (1 if indexed else 3)
+        lost += found.count(None)
+    assert lost > (200 if indexed else 2990)
+
+
+def test_a_flipped_index_or_manifest_alters_no_sample(small, sample, tmp_path):
+    good = [sample(n)[1] for n in range(3)]
+    for path in (small[0].with_suffix(".idx"), tmp_path / "manifest.json"):
+        whole = path.read_bytes()
+        for bit in np.random.default_rng(1).integers(0, 8 * len(whole), 60).tolist():
+            data = bytearray(whole)
+            data[bit // 8] ^= 1 << bit % 8
+            path.write_bytes(data)
+            try:
+                found = small[1]()
+            except UserError:
+                continue  # refused as a whole
+            assert all(one in (None, right) for one, right in zip(found, good, strict=True))
+        path.write_bytes(whole)
+
+
+def test_runs_of_one_size(tmp_path, sample):
+    entries = [write_shard(tmp_path / f"{s}.tar", map(sample, range(5))) for s in range(2)]
+    sizes = [{"32x16": 2, "16x16": 3}, {"16x16": 5}]
+    write_manifest(tmp_path, [dataclasses.replace(e, buckets=b) for e, b in zip(entries, sizes, strict=True)])
+    runs = [(0, "32x16", 0, 2), (0, "16x16", 2, 3), (1, "16x16", 5, 5)]
+    assert [tuple(run) for run in Shards(str(tmp_path)).runs()] == runs
+    write_manifest(tmp_path, entries)
+    with pytest.raises(UserError, match="was made without buckets"):
+        Shards(str(tmp_path)).runs()
