@@ -1,7 +1,7 @@
 # ruff: noqa: RUF009 - the defaults are frozen
 """What a training run is told: frozen dataclasses, each field an option of the scripts (`--optim.lr 1e-4`)."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from ldm.checkpoints.native import SamplingDefaults
@@ -15,12 +15,15 @@ from ldm.text.tower import TextConfig
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """AdamW. warmup: updates of linear rise; clip: largest gradient norm, 0 for none.
+    """warmup: updates of linear rise; clip: largest gradient norm, 0 for none.
 
-    accumulate: parts that a process cuts its share of a batch into, to save memory.
+    rates: factors on the rate by names of parameters, `{text.*: 0.1}`, the last that fits. accumulate: parts that a
+    process cuts its share of a batch into, to save memory. betas: of those kinds that have two.
     """
 
+    kind: Literal["adamw", "adamw8bit", "prodigy", "adafactor", "muon"] = "adamw"
     lr: float = 1e-4
+    rates: dict[str, float] = field(default_factory=dict)
     betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: float = 0.01
     warmup: int = 0
@@ -31,10 +34,22 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class EmaConfig:
-    """decay 0: the average is the last weights. warmup: begin with a short memory."""
+    """decay 0: the average is the last weights. warmup: begin with a short memory.
+
+    widths: in its place, averages by powers of time, each over this share of the training (0.05 and 0.1, say); the
+    first is sampled from and exported. Kept every snapshot_every steps (0: at the end), they give an average of any
+    width after training: scripts/reconstruct_ema.py.
+    """
 
     decay: float = 0.9999
     warmup: bool = True
+    widths: tuple[float, ...] = ()
+    snapshot_every: int = 0
+
+    def __post_init__(self) -> None:
+        for width in self.widths:
+            if not 0 < width < 0.28:  # at 0.289 all weights since the first count alike
+                raise ValueError(f"widths holds {width}: needs a share between 0 and 0.28")
 
 
 @dataclass(frozen=True)
@@ -49,7 +64,7 @@ class RunConfig:
     steps: int
     batch_size: int
     seed: int = 0
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = "auto"
     checkpoint_every: int = 1000
     keep: int = 2
     keep_every: int = 0

@@ -25,7 +25,7 @@ from ldm.training.folder import RunFolder, check_same
 from ldm.training.guard import Guard
 from ldm.training.learner import Learner, Losses, Objective
 from ldm.training.meter import Clock, Meter, memory
-from ldm.training.optim import rate
+from ldm.training.optim import named, rate
 from ldm.training.processes import Processes
 from ldm.training.progress import Bar, facts
 from ldm.training.signals import interrupts
@@ -70,7 +70,8 @@ def train(task: Task, config: VaeRun | LdmRun, path: Path) -> Outcome:
     processes = Processes(run, optim, path)
     accelerator, device, main = processes.accelerator, processes.device, processes.main
     if device.type == "cuda":
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.benchmark = True
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = run.precision != "fp32"
+        torch.backends.cudnn.benchmark = True
 
     with processes.together(), Bar(run.steps, shown=main) as bar, interrupts() as interrupted, Writer() as writer:
         with processes.main_first():  # what it may prepare on disk is then there for the others
@@ -80,8 +81,9 @@ def train(task: Task, config: VaeRun | LdmRun, path: Path) -> Outcome:
             network.to(memory_format=layout)  # type: ignore[call-overload]
         objectives = task.objectives()
         learners = [Learner(objective, optim, accelerator, main=i == 0) for i, objective in enumerate(objectives)]
-        optimizers = {learner.objective.name: learner.optimizer for learner in learners}
-        ema = Ema([p for name in task.averaged for p in task.networks[name].parameters() if p.requires_grad], run.ema)
+        by_name = {learner.objective.name: learner for learner in learners}
+        averaged = named({name: task.networks[name] for name in task.averaged})
+        ema = Ema({name: p for name, p in averaged.items() if p.requires_grad}, run.ema)
         meter, guard, clock = Meter(device), Guard(device, run.max_skipped), Clock()
 
         def resume() -> int:
@@ -93,7 +95,7 @@ def train(task: Task, config: VaeRun | LdmRun, path: Path) -> Outcome:
             if found:
                 saved_in, (tensors, state) = found
                 check_same(config, state["config"], path)
-                restore(tensors, task.networks, ema, optimizers)
+                restore(tensors, task.networks, ema, by_name)
                 if "guard" in state:  # older ones keep their means in another form: these begin anew
                     meter.restore(state["meter"])
                     guard.restore(state["guard"])
@@ -116,7 +118,7 @@ def train(task: Task, config: VaeRun | LdmRun, path: Path) -> Outcome:
                 state |= {"meter": meter.state(), "guard": guard.state()}
                 with clock.saving():
                     writer.wait()
-                    saved = checkpoint.copied(snapshot(task.networks, ema, optimizers)), state
+                    saved = checkpoint.copied(snapshot(task.networks, ema, by_name)), state
                 step = done
                 writer.start(lambda: folder.write_checkpoint(step, saved, run.keep, run.keep_every))
 
@@ -184,6 +186,8 @@ def train(task: Task, config: VaeRun | LdmRun, path: Path) -> Outcome:
             clock.images += run.batch_size
             done += 1
             bar.step()
+            if main and run.ema.widths and due(run.ema.snapshot_every):
+                ema.write(path / "ema", done)
 
             if device.type == "cpu" or due(run.log_every):
                 check()

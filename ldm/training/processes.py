@@ -72,7 +72,9 @@ class Processes:
 
 
 def precision(run: RunConfig) -> str:
-    """accelerate's name for it: auto is bf16 on a GPU that has it, else fp32."""
+    """accelerate's name for it: auto is bf16 on a GPU that has it, else fp32. UserError for fp16 without a GPU."""
     if run.precision == "auto":
         return "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False) else "no"
-    return {"fp32": "no", "bf16": "bf16"}[run.precision]
+    if run.precision == "fp16" and not torch.cuda.is_available():
+        raise UserError("run.precision fp16 needs a GPU: take bf16, which CPUs compute in too")
+    return {"bf16": "bf16", "fp16": "fp16"}.get(run.precision, "no")

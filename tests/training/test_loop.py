@@ -171,7 +171,7 @@ def poisoned(task: Any, what: str, positions: set[int], seen: dict[int, Any]) ->
         first, *rest = objectives()
 
         def loss(batch: Batch) -> dict[str, torch.Tensor]:
-            seen[batch["step"]] = [p.clone() for p in first.networks[0].parameters()]
+            seen[batch["step"]] = [p.clone() for p in next(iter(first.networks.values())).parameters()]
             losses = first.loss(batch)
             if what == "loss" and hit(batch):
                 losses["loss"] = losses["loss"] * math.nan

@@ -24,7 +24,7 @@ from ldm.training import keyed
 from ldm.training.config import VaeRun
 from ldm.training.heldback import HeldBack
 from ldm.training.learner import Batch, Losses, Objective
-from ldm.training.optim import freeze
+from ldm.training.optim import check_patterns, freeze
 
 SHOWN = 8  # pictures of a sample sheet
 
@@ -55,6 +55,7 @@ class AutoencoderTask:
         if self.loss.adversarial:
             self.networks["discriminator"] = self.discriminator
         freeze(self.networks, config.freeze)
+        check_patterns(self.networks, config.optim.rates, "optim.rates")
         if self.loss.adversarial and self.loss.adaptive and not self._last_layer.requires_grad:
             raise UserError("loss.adaptive looks at decoder.conv_out.weight, which freeze names: set it to false")
         if config.run.compile:
@@ -75,10 +76,12 @@ class AutoencoderTask:
         return self.autoencoder.decoder.conv_out.weight
 
     def objectives(self) -> list[Objective]:
-        objectives = [Objective("autoencoder", (self.autoencoder,), self.autoencoder_loss)]
+        objectives = [Objective("autoencoder", {"autoencoder": self.autoencoder}, self.autoencoder_loss)]
         if self.loss.adversarial:
             start = self.loss.adversarial_start
-            objectives.append(Objective("discriminator", (self.discriminator,), self.discriminator_loss, start))
+            objectives.append(
+                Objective("discriminator", {"discriminator": self.discriminator}, self.discriminator_loss, start)
+            )
         return objectives
 
     def autoencoder_loss(self, batch: Batch) -> Losses:

@@ -32,7 +32,7 @@ from ldm.training.config import LdmRun
 from ldm.training.heldback import HeldBack
 from ldm.training.importance import Importance
 from ldm.training.learner import Batch, Losses, Objective
-from ldm.training.optim import freeze
+from ldm.training.optim import check_patterns, freeze
 from ldm.training.progress import Bar
 
 EMBEDDED = Path(__file__).parents[2] / "assets" / "embedded.safetensors"
@@ -58,6 +58,7 @@ class DenoisingTask:
         if config.text.train:
             self.networks["text"] = self.text
         freeze(self.networks, config.freeze)
+        check_patterns(self.networks, config.optim.rates, "optim.rates")
         self.averaged = tuple(self.networks)
         self.importance = Importance() if config.loss.importance else None
         if self.importance is not None:
@@ -80,7 +81,7 @@ class DenoisingTask:
             self.dataset = self._encoded(self.config.cache)
 
     def objectives(self) -> list[Objective]:
-        return [Objective("denoiser", tuple(self.networks[name] for name in self.averaged), self.denoising_loss)]
+        return [Objective("denoiser", {name: self.networks[name] for name in self.averaged}, self.denoising_loss)]
 
     def denoising_loss(self, batch: Batch) -> Losses:
         loss, position = self.config.loss, batch["position"]
