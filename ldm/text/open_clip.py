@@ -1,20 +1,52 @@
-"""The way to open_clip's text modules where torchvision's own library cannot load.
+"""The way to open_clip: to its two modules that we use, without the rest; and to all of it.
 
-open_clip imports torchvision at its top, and torchvision asks for two operators of its compiled library. Beside a
-CPU-only torch the CUDA build of that library does not load; the schemas alone are enough for what is used here.
+open_clip imports torchvision, timm and more at its top, which takes longer than loading a model; its text transformer
+and its tokenizer need none of that. So these two are imported alone, as parts of a package without that top.
+
+torchvision, in turn, asks for two operators of its compiled library. Beside a CPU-only torch the CUDA build of that
+library does not load; the schemas alone are enough for what is used here.
 """
 
+import importlib
 import importlib.util
+import sys
 from functools import cache
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 
+_ALONE = "_open_clip_alone"  # a name of its own: the whole package can still be imported beside it
 _SCHEMAS = (
     "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
     "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
 )
+
+
+@cache
+def part(name: str) -> ModuleType:
+    """`transformer` or `tokenizer` of open_clip, imported on first use, alone where that is possible."""
+    spec = importlib.util.find_spec("open_clip")
+    alone: Any = sys.modules.setdefault(_ALONE, ModuleType(_ALONE))
+    alone.__path__ = list(spec.submodule_search_locations or ()) if spec else []
+    # What both share imports one class of torchvision, for pictures: an empty one stands in where torchvision is not
+    # loaded anyway.
+    stand_in: Any = ModuleType("torchvision.ops.misc")
+    stand_in.FrozenBatchNorm2d = type("FrozenBatchNorm2d", (), {})
+    names = ("torchvision", "torchvision.ops", "torchvision.ops.misc") if "torchvision" not in sys.modules else ()
+    try:
+        sys.modules.update(dict.fromkeys(names, stand_in))
+        return importlib.import_module(f"{_ALONE}.{name}")
+    except (ImportError, AttributeError):  # another version, whose parts need more
+        for stand in names:
+            del sys.modules[stand]
+        names = ()
+        open_clip()
+        return importlib.import_module(f"open_clip.{name}")
+    finally:
+        for stand in names:
+            del sys.modules[stand]
 
 
 @cache

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ldm.conditioning import Conditioning
 from ldm.models.layers import sinusoid
 from ldm.shapes import TokenIds, Tokens, Vector
-from ldm.text.open_clip import open_clip
+from ldm.text.open_clip import part
 
 FULL_VOCABULARY = 49408
 
@@ -83,10 +83,8 @@ class Tokenizer:
     """CLIP's byte-pair encoding over the first `vocab_size - 514` merges; start and end are the last two ids."""
 
     def __init__(self, config: TextConfig) -> None:
-        from open_clip.tokenizer import SimpleTokenizer
-
         self.config = config
-        self._bpe: Any = SimpleTokenizer(context_length=config.context_length)
+        self._bpe: Any = part("tokenizer").SimpleTokenizer(context_length=config.context_length)
         merges = list(self._bpe.bpe_ranks)[: config.vocab_size - 514]
         letters = list(self._bpe.byte_encoder.values())
         words = letters + [c + "</w>" for c in letters] + ["".join(m) for m in merges]
@@ -180,7 +178,7 @@ class Conditioner(nn.Module):
 
 def _tower(config: TextConfig) -> Any:
     """open_clip's TextTransformer of a config."""
-    transformer = open_clip().transformer
+    transformer = part("transformer")
     tower = transformer.TextTransformer(
         context_length=config.context_length,
         vocab_size=config.vocab_size,
