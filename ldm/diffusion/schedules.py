@@ -29,9 +29,11 @@ BLIND = 80.0
 class ScheduleConfig:
     """Settings of a schedule; a field left None takes the value of its kind.
 
-    betas, beta_range, zero_snr: of vp alone. shift: factor on sigma. density: of training noise levels, `uniform` in
-    time (what vp does by itself) or `lognormal` in sigma with `mean` and `std` of ln sigma (flow 0 and 1, edm -1.2 and
-    1.2): for flow that is SD3's logit-normal density of t.
+    betas, beta_range, zero_snr: of vp alone. shift: factor on sigma. density: of training noise levels, `uniform`
+    in time (what vp does by itself) or `lognormal` in sigma with `mean` and `std` of ln sigma (flow 0 and 1, edm
+    -1.2 and 1.2): for flow that is SD3's logit-normal density of t. start: the scale of a run's first noise, that
+    of x where latents have unit deviation (`unit`, sqrt(1 + sigma^2)), or as others have it: `sigma`
+    (k-diffusion's) or `sum` (1 + sigma).
     """
 
     kind: Literal["vp", "flow", "edm"] = "vp"
@@ -42,6 +44,7 @@ class ScheduleConfig:
     density: Literal["uniform", "lognormal"] | None = None
     mean: float | None = None
     std: float | None = None
+    start: Literal["unit", "sigma", "sum"] = "unit"
 
 
 @dataclass(frozen=True)
@@ -94,7 +97,7 @@ class Schedule:
 
     def start(self, sigma: float) -> float:
         """The scale of the initial noise: the deviation of x at this level when latents have unit deviation."""
-        return math.hypot(1.0, sigma)
+        return {"unit": math.hypot(1.0, sigma), "sigma": sigma, "sum": 1.0 + sigma}[self.config.start]
 
 
 def make_schedule(config: ScheduleConfig) -> Schedule:

@@ -45,6 +45,18 @@ def leading(schedule: Noising, n: int) -> Tensor:
     return schedule.at(torch.arange(n - 1, -1, -1, dtype=torch.float64) * (TRAIN_STEPS // n) + 1)
 
 
+def leading_dpm(schedule: Noising, n: int) -> Tensor:
+    """Whole strides for one step more, the lowest left out: what diffusers' DPM-Solver means by leading."""
+    if n >= TRAIN_STEPS:
+        raise UserError(f"{n} steps with this leading spacing: fewer than {TRAIN_STEPS}, or choose trailing")
+    return schedule.at(torch.arange(n, 0, -1, dtype=torch.float64) * (TRAIN_STEPS // (n + 1)) + 1)
+
+
+def flow_dpm(schedule: Noising, n: int) -> Tensor:
+    """Even in time from 0.999 down: what diffusers' DPM-Solver does for flows."""
+    return schedule.sigma(_line(0.999, 0, n + 1)[:-1])
+
+
 def linspace(schedule: Noising, n: int) -> Tensor:
     """From the last training step to the first, both included."""
     return schedule.at(_line(TRAIN_STEPS - 1, 0, n))
@@ -117,6 +129,8 @@ Spacing = Callable[[Noising, int], Tensor]
 SPACINGS: dict[str, Spacing] = {
     "trailing": trailing,
     "leading": leading,
+    "leading_dpm": leading_dpm,
+    "flow_dpm": flow_dpm,
     "linspace": linspace,
     "karras": karras,
     "exponential": exponential,

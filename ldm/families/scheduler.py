@@ -17,6 +17,9 @@ SCHEDULERS = {
     "euler_a": "EulerAncestralDiscreteScheduler",
     "dpmpp_2m": "DPMSolverMultistepScheduler",
 }
+# What the same words mean in DPM-Solver; and whose first noise is sigma alone, but for leading.
+DPM_SPACINGS = {"leading": "leading_dpm", "linspace": "sgm_uniform"}
+K_DIFFUSION = ("Euler", "Heun", "KDPM2", "LMS")
 
 
 def sampling_from(data: Json) -> tuple[str, ScheduleConfig, SamplingDefaults]:
@@ -29,8 +32,9 @@ def sampling_from(data: Json) -> tuple[str, ScheduleConfig, SamplingDefaults]:
     sampler = next((ours for ours, theirs in SCHEDULERS.items() if theirs == name), "dpmpp_2m")
     if flow:
         shift = data.get("flow_shift" if "flow_shift" in data else "shift", 1.0)
-        schedule = _schedule(kind="flow", shift=shift)
-        return "flow", schedule, SamplingDefaults(sampler)
+        dpm = name == SCHEDULERS["dpmpp_2m"]
+        schedule = _schedule(kind="flow", shift=shift, start="sum" if dpm else "unit")
+        return "flow", schedule, SamplingDefaults(sampler, "flow_dpm" if dpm else "trailing")
     if data.get("num_train_timesteps", 1000) != 1000 or data.get("trained_betas") is not None:
         raise UserError("scheduler: it must have 1000 training steps and no betas of its own")
     betas = BETAS.get(str(data.get("beta_schedule", "linear")))
@@ -39,10 +43,14 @@ def sampling_from(data: Json) -> tuple[str, ScheduleConfig, SamplingDefaults]:
     ends = (data.get("beta_start", 0.0001), data.get("beta_end", 0.02))
     zero = data.get("rescale_betas_zero_snr", False)
     own = betas in BETA_RANGE and tuple(ends) != BETA_RANGE[betas]
-    schedule = _schedule(betas=betas, zero_snr=zero, beta_range=ends if own else None)
-    spacing = "karras" if data.get("use_karras_sigmas") else data.get("timestep_spacing", "leading")
-    if spacing not in ("karras", "leading", "trailing", "linspace"):
-        raise UserError(f"scheduler: timestep_spacing {spacing!r} is not known here")
+    older = str(name).startswith(("DDIM", "DDPM", "PNDM", "LCM"))
+    said = data.get("timestep_spacing", "leading" if older else "linspace")
+    if said not in ("leading", "trailing", "linspace"):
+        raise UserError(f"scheduler: timestep_spacing {said!r} is not known here")
+    spacing = DPM_SPACINGS.get(said, said) if sampler == "dpmpp_2m" else said
+    spacing = "karras" if data.get("use_karras_sigmas") else spacing
+    start = "sigma" if said != "leading" and str(name).startswith(K_DIFFUSION) else "unit"
+    schedule = _schedule(betas=betas, zero_snr=zero, beta_range=ends if own else None, start=start)
     # At zero terminal SNR only trailing starts from pure noise (Lin et al. 2024).
     return prediction, schedule, SamplingDefaults(sampler, "trailing" if zero else spacing)
 
@@ -65,7 +73,8 @@ def sampling_to(spec: ModelSpec) -> Json:
         what = f"prediction {spec.prediction!r}, schedule {schedule.kind!r}, shift {schedule.shift}"
         raise UserError(f"diffusers' pipelines have no scheduler for {what}")
     start, end = schedule.beta_range or BETA_RANGE.get(schedule.betas, (0.0001, 0.02))
-    spacing = spec.defaults.schedule
+    theirs_of = {ours: said for said, ours in DPM_SPACINGS.items()}
+    spacing = theirs_of.get(spec.defaults.schedule, spec.defaults.schedule)
     return {
         "_class_name": SCHEDULERS.get(spec.defaults.sampler, "DPMSolverMultistepScheduler"),
         "prediction_type": theirs[spec.prediction],
