@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ldm.conditioning import Conditioning, join
+from ldm.diffusion.constants import first, level, uniform
 from ldm.errors import UserError
 
 Denoise = Callable[[Tensor, Tensor], Tensor]
@@ -29,8 +30,10 @@ def guided(denoiser: Conditional, cond: Conditioning, uncond: Conditioning, comb
     both = join(uncond, cond)
 
     def denoise(x: Tensor, sigma: Tensor) -> Tensor:
-        free, bound = denoiser(torch.cat([x, x]), torch.cat([sigma, sigma]), both).chunk(2)
-        return combine(bound, free, float(sigma[0]))
+        one = level(sigma)
+        twice = torch.cat([sigma, sigma]) if one is None else uniform(one, 2 * len(x), sigma.dtype, sigma.device)
+        free, bound = denoiser(torch.cat([x, x]), twice, both).chunk(2)
+        return combine(bound, free, first(sigma))
 
     return denoise
 
@@ -119,7 +122,7 @@ def interval(inside: Denoise, outside: Denoise, low: float, high: float) -> Deno
     """`inside` where low < sigma <= high, else `outside` (Kynkäänniemi et al. 2024): guidance where it helps."""
     if not 0 <= low < high:
         raise UserError(f"guidance interval ({low}, {high}]: needs 0 <= low < high")
-    return lambda x, sigma: (inside if low < float(sigma[0]) <= high else outside)(x, sigma)
+    return lambda x, sigma: (inside if low < first(sigma) <= high else outside)(x, sigma)
 
 
 def threshold(denoise: Denoise, share: float = 0.995, limit: float = 1.0) -> Denoise:

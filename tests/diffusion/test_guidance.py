@@ -12,6 +12,9 @@ from ldm.diffusion.guidance import apg, autoguidance, bind, cfg, cfgpp, classifi
 from ldm.diffusion.mixture import Mixture, ring
 from ldm.diffusion.samplers import SAMPLERS
 from ldm.errors import UserError
+from ldm.text.open_clip import open_clip
+
+open_clip()  # declares torchvision's operators, which diffusers' guiders ask for by way of transformers
 
 RNG = torch.Generator().manual_seed(0)
 X, SIGMA = torch.randn((2, 3, 4, 4), generator=RNG), torch.tensor([2.0, 2.0])

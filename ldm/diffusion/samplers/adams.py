@@ -12,6 +12,7 @@ from itertools import pairwise
 
 from torch import Tensor
 
+from ldm.diffusion.constants import scalar
 from ldm.diffusion.samplers.common import Denoise, Levels, Model, NoiseFn, State, Step, begin, check_range
 from ldm.diffusion.samplers.weights import exponential_moments, lagrange_weights
 from ldm.diffusion.schedules import BLIND
@@ -24,13 +25,15 @@ BASHFORTH = (
 )
 
 
-def _advance(x: State, x0: State, s: float, t: float, weights: Sequence[float], past: Sequence[Tensor]) -> State:
-    """x + sum(weights * past), as a first-order lerp and small corrections: less is lost at high sigma."""
-    moved = x0.lerp(x, t / s)
-    for j, (weight, eps) in enumerate(zip(weights, past, strict=False)):
-        rest = weight - (t - s) if j == 0 else weight
-        if rest != 0:
-            moved.add_(eps, alpha=rest)
+def _eps(x: State, x0: State, s: float) -> Tensor:
+    return (x - x0).div_(scalar(s, x.dtype))
+
+
+def _advance(x: State, x0: State, s: float, weights: Sequence[float], past: Sequence[Tensor]) -> State:
+    """x + sum(weights * past), where past[0] is eps at x: that term as a lerp, for less is lost at high sigma."""
+    moved = x0.lerp(x, 1 + weights[0] / s)
+    for weight, eps in zip(weights[1:], past[1:], strict=False):
+        moved.add_(eps, alpha=weight)
     return moved
 
 
@@ -44,9 +47,9 @@ def _run(
     """One evaluation a step, combined by the plan's weights, newest first."""
     for (s, t), weights in zip(pairwise(grid), plan, strict=True):
         x0 = model(x, s)
-        past.insert(0, (x - x0) / s)
+        past.insert(0, _eps(x, x0, s))
         del past[len(BASHFORTH) :]
-        x = _advance(x, x0, s, t, weights, past)
+        x = _advance(x, x0, s, weights, past)
         yield Step(x, x0, t)
 
 
@@ -97,11 +100,11 @@ def plms(denoise: Denoise, x: State, sigmas: Levels, noise: NoiseFn) -> Iterator
     model, x, grid = begin(denoise, x, sigmas)
     (s, t), past = grid[:2], list[Tensor]()
     x0 = model(x, s)
-    past.append((x - x0) / s)
+    past.append(_eps(x, x0, s))
     moved = x0.lerp(x, t / s)
     if t > 0 and s <= BLIND:
-        slope = (moved - model(moved, t)) / t
-        moved = _advance(x, x0, s, t, [(t - s) / 2, (t - s) / 2], [past[0], slope])
+        slope = _eps(moved, model(moved, t), t)
+        moved = _advance(x, x0, s, [(t - s) / 2, (t - s) / 2], [past[0], slope])
     yield Step(moved, x0, t)
     rest = grid[1:]
     plan = [_even_weights(s, t, min(i + 2, 4)) for i, (s, t) in enumerate(pairwise(rest))]
@@ -126,17 +129,17 @@ def pndm(
     for s, t in pairwise(grid[: start + 1]):
         half = middle(s, t)
         x0 = model(x, s)
-        first = (x - x0) / s
+        first = _eps(x, x0, s)
         past.insert(0, first)
         if t > 0:
             trial = x0.lerp(x, half / s)
-            second = (trial - model(trial, half)) / half
-            trial = _advance(x, x0, s, half, [0.0, half - s], [first, second])
-            third = (trial - model(trial, half)) / half
-            trial = _advance(x, x0, s, t, [0.0, t - s], [first, third])
-            fourth = (trial - model(trial, t)) / t
+            second = _eps(trial, model(trial, half), half)
+            trial = _advance(x, x0, s, [0.0, half - s], [first, second])
+            third = _eps(trial, model(trial, half), half)
+            trial = _advance(x, x0, s, [0.0, t - s], [first, third])
+            fourth = _eps(trial, model(trial, t), t)
             weights = [(t - s) * c for c in (1 / 6, 1 / 3, 1 / 3, 1 / 6)]
-            x = _advance(x, x0, s, t, weights, [first, second, third, fourth])
+            x = _advance(x, x0, s, weights, [first, second, third, fourth])
         else:
             x = x0
         yield Step(x, x0, t)

@@ -9,10 +9,10 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ldm.diffusion.constants import uniform, wide
 from ldm.errors import UserError
 
 State = Float[Tensor, "b ..."]
@@ -40,7 +40,7 @@ class Model:
         self.grid = grid
 
     def __call__(self, x: State, sigma: float) -> State:
-        x0 = self.denoise(x, x.new_full((len(x),), sigma))
+        x0 = self.denoise(x, uniform(sigma, len(x), x.dtype, x.device))
         # A sum is finite only where every term is, and costs a third of isfinite().all().
         if not math.isfinite(x0.sum()):
             steps = len(self.grid) - 1
@@ -60,7 +60,7 @@ def begin(denoise: Denoise, x: State, sigmas: Levels) -> tuple[Model, State, lis
     for s, t in pairwise(grid):
         if not math.inf > s > t >= 0:
             raise UserError(f"noise levels must fall, finite and at or above 0: {s:.5g} is followed by {t:.5g}")
-    return Model(denoise, grid), x.to(torch.promote_types(x.dtype, torch.float32)), grid
+    return Model(denoise, grid), wide(x), grid
 
 
 def check_range(name: str, value: float, low: float, high: float = math.inf) -> None:

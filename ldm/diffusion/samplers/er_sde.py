@@ -5,12 +5,13 @@ A step keeps r = phi(t) / phi(s) of the noise and adds back what is missing of t
 
 import math
 from collections.abc import Callable, Iterator
-from functools import cache
+from functools import cache, lru_cache
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
+from ldm.diffusion.constants import scalar
 from ldm.diffusion.samplers.common import Denoise, Levels, NoiseFn, State, Step, begin, check_range, renoise
 from ldm.diffusion.samplers.weights import lagrange_weights
 
@@ -40,6 +41,22 @@ def _moments(phi: Callable[[float], float], s: float, t: float, n: int) -> list[
     return moments
 
 
+@lru_cache(maxsize=8)
+def _plan(grid: tuple[float, ...], order: int, phi: Callable[[float], float]) -> list[tuple[float, float, list[float]]]:
+    """Of each step what it keeps of x, the noise it adds, and its weights on x0, newest first."""
+    plan = []
+    for i, (s, t) in enumerate(pairwise(grid)):
+        if t == 0:
+            plan.append((0.0, 0.0, [1.0]))
+            continue
+        nodes = [level - s for level in reversed(grid[max(0, i + 1 - order) : i + 1])]
+        keep = phi(t) / phi(s)
+        missing = 1 - (s * keep / t) ** 2
+        up = t * math.sqrt(missing) if missing > 1e-12 else 0.0
+        plan.append((keep, up, lagrange_weights(nodes, _moments(phi, s, t, len(nodes)))))
+    return plan
+
+
 def er_sde(
     denoise: Denoise,
     x: State,
@@ -53,17 +70,11 @@ def er_sde(
     check_range("order", order, 1, 3)
     model, x, grid = begin(denoise, x, sigmas)
     past: list[Tensor] = []
-    for i, (s, t) in enumerate(pairwise(grid)):
+    for (s, t), (keep, up, weights) in zip(pairwise(grid), _plan(tuple(grid), order, phi), strict=True):
         x0 = model(x, s)
         past = [x0, *past[: order - 1]]
-        if t == 0:
-            yield Step(x0, x0, t)
-            return
-        nodes = [level - s for level in reversed(grid[max(0, i + 1 - order) : i + 1])]
-        keep = phi(t) / phi(s)
-        x = x * keep
-        for weight, value in zip(lagrange_weights(nodes, _moments(phi, s, t, len(nodes))), past, strict=True):
-            x = x.add(value, alpha=weight)
-        missing = 1 - (s * keep / t) ** 2
-        x = renoise(x, noise, t * math.sqrt(missing) if missing > 1e-12 else 0.0)
+        x = x * scalar(keep, x.dtype)
+        for weight, value in zip(weights, past, strict=False):
+            x.add_(value, alpha=weight)
+        x = renoise(x, noise, up)
         yield Step(x, x0, t)

@@ -3,7 +3,8 @@
 All solve dx = -(x - x0) (1 + tau^2) dlambda + noise in lambda = -log sigma, exactly in x and with x0 as the polynomial
 through its last evaluations (SA-Solver: Xue et al. 2023, Eq. 14). tau 0 is the probability-flow ODE, tau 1 the reverse
 SDE. A predictor uses past evaluations; a corrector goes over the step again once x0 at its end is known, at no extra
-evaluation (UniPC: Zhao et al. 2023).
+evaluation (UniPC: Zhao et al. 2023). All of that is linear in x and the past x0, so that a step, and the correction of
+the one before it, come down to one sum whose weights are worked out once for a run.
 
 Published solvers differ only in the moments of a step's kernel that they use, its RULE:
     exact      the moments themselves
@@ -13,13 +14,14 @@ Published solvers differ only in the moments of a step's kernel that they use, i
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import lru_cache
-from itertools import pairwise
+from itertools import pairwise, zip_longest
 from typing import Literal, NamedTuple, get_args
 
 from torch import Tensor
 
+from ldm.diffusion.constants import scalar
 from ldm.diffusion.samplers.common import Denoise, Levels, NoiseFn, State, Step, begin, check_range, renoise
 from ldm.diffusion.samplers.weights import exponential_moments, lagrange_weights
 from ldm.errors import UserError
@@ -37,12 +39,11 @@ class _Solver(NamedTuple):
 
 
 class _Plan(NamedTuple):
-    """One step: what it keeps of x, the noise it adds, its weights on x0 (newest first), and the corrector's."""
+    """One step: what it keeps of x, the noise it adds, and its weights on x0, newest first."""
 
     keep: float
     up: float
-    predict: list[float]
-    correct: list[float]
+    weights: list[float]
 
 
 def _moments(rule: Rule, rate: float, h: float, n: int) -> list[float]:
@@ -62,10 +63,11 @@ def _plan(grid: tuple[float, ...], taus: tuple[float, ...], solver: _Solver) -> 
     """The coefficients of a whole run."""
     predict, correct, rule, settle = solver
     plans = []
+    amend: list[float] = []  # what the corrector changes of the step before, as weights on x0
     last = len(grid) - 2
     for i, (s, t) in enumerate(pairwise(grid)):
         if t == 0:
-            plans.append(_Plan(0.0, 0.0, [1.0], []))
+            plans.append(_Plan(0.0, 0.0, [1.0]))
             continue
         h, noisy = math.log(s / t), taus[i] ** 2
         left = last - i + 1 if settle and grid[-1] == 0 else len(grid)
@@ -73,18 +75,15 @@ def _plan(grid: tuple[float, ...], taus: tuple[float, ...], solver: _Solver) -> 
         past = [math.log(s / level) for level in reversed(near)]  # lambda of past levels, relative to this
         predictor, corrector = past[: min(predict, left)], [h, *past[: min(correct - 1, left)]] if correct else []
         up = t * math.sqrt(-math.expm1(-2 * noisy * h))
-        weights = [
+        first, again = (
             lagrange_weights(nodes, _moments(rule, 1 + noisy, h, len(nodes))) for nodes in (predictor, corrector)
-        ]
-        plans.append(_Plan(t / s * math.exp(-noisy * h), up, *weights))
+        )
+        keep = t / s * math.exp(-noisy * h)
+        weights = [keep * change + weight for change, weight in zip_longest(amend, first, fillvalue=0.0)]
+        plans.append(_Plan(keep, up, weights))
+        if again:  # by then every x0 that the predictor used is one place older
+            amend = [new - old for new, old in zip_longest(again, [0.0, *first], fillvalue=0.0)]
     return plans
-
-
-def _add(base: State, weights: Sequence[float], values: Sequence[Tensor]) -> State:
-    total = base.add(values[0], alpha=weights[0])
-    for weight, value in zip(weights[1:], values[1:], strict=False):
-        total.add_(value, alpha=weight)
-    return total
 
 
 def ode(sigma: float) -> float:
@@ -105,15 +104,12 @@ def _multistep(
     model, x, grid = begin(denoise, x, sigmas)
     plans = _plan(tuple(grid), tuple(tau(s) for s in grid[:-1]), solver)
     past: list[Tensor] = []  # x0, newest first
-    base, corrector = x, list[float]()  # the last step without its x0, and the weights to go over it again
-    for (s, t), plan in zip(pairwise(grid), plans, strict=True):
+    for (s, t), (keep, up, weights) in zip(pairwise(grid), plans, strict=True):
         x0 = model(x, s)
-        past.insert(0, x0)
-        if corrector:
-            x = _add(base, corrector, past)
-        del past[max(solver.predict, solver.correct - 1) :]
-        base, corrector = renoise(x * plan.keep, noise, plan.up), plan.correct
-        x = _add(base, plan.predict, past)
+        past = [x0, *past[: solver.predict]]
+        x = renoise(x * scalar(keep, x.dtype), noise, up)
+        for weight, value in zip(weights, past, strict=False):
+            x.add_(value, alpha=weight)
         yield Step(x, x0, t)
 
 
