@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 
-from ldm.checkpoints import native
 from ldm.data.dataset import Batch
 from ldm.errors import UserError
 from ldm.training import checkpoint
@@ -29,61 +28,6 @@ def log(folder: Path) -> list[dict[str, Any]]:
 
 def weights(folder: Path, step: int) -> bytes:
     return (folder / "checkpoints" / f"{step:08d}" / TENSORS).read_bytes()
-
-
-class Broken:
-    """A dataset that runs into an error, or yields one bad picture, from a position on."""
-
-    def __init__(self, dataset: Any, position: int, error: Exception | None = None) -> None:
-        self.dataset, self.position, self.error = dataset, position, error
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitems__(self, positions: Sequence[int]) -> Batch:
-        if self.error and self.position in positions:
-            raise self.error
-        return self.dataset.__getitems__(positions)
-
-
-class Killed(Exception):
-    pass
-
-
-# name: (settings, overrides)
-RUNS = {
-    "vae with discriminator": ("vae", ["--loss.adversarial_start", "2"]),
-    "vae bf16": ("vae", ["--run.precision", "bf16", "--run.channels_last", "true"]),
-    "ldm": ("ldm", []),
-    "ldm with workers": ("ldm", ["--data.workers", "1"]),
-    "ldm accumulated, cosine": ("ldm", ["--optim.accumulate", "2", "--optim.schedule", "cosine"]),
-    "ldm cached": ("ldm", ["--cache", "CACHE"]),
-}
-
-
-@pytest.mark.parametrize("name", RUNS)
-def test_a_killed_run_goes_on_bit_for_bit(name: str, request: pytest.FixtureRequest, tmp_path: Path, run):
-    kind, overrides = RUNS[name]
-    every = ["--run.steps", "6", "--run.checkpoint_every", "3", "--run.keep", "9", "--run.log_every", "2"]
-    overrides = [str(tmp_path / "latents") if word == "CACHE" else word for word in [*every, *overrides]]
-    settings = request.getfixturevalue(kind)(*overrides)
-    assert run(settings, tmp_path / "whole") == Outcome(6)
-
-    torch.manual_seed(settings.run.seed)
-    task = AutoencoderTask(settings) if kind == "vae" else DenoisingTask(settings)
-    to = task.to
-    task.to = lambda device: (to(device), setattr(task, "dataset", Broken(task.dataset, 5 * 4, Killed())))[0]
-    with pytest.raises(Killed):
-        train(task, settings, tmp_path / "killed")
-    assert [path.name for path in checkpoint.complete(tmp_path / "killed/checkpoints")] == ["00000003"]
-    assert run(settings, tmp_path / "killed") == Outcome(6)
-
-    for step in (3, 6):
-        assert weights(tmp_path / "whole", step) == weights(tmp_path / "killed", step)
-    assert log(tmp_path / "whole") == log(tmp_path / "killed")
-    assert native.read_spec(tmp_path / "whole/model.safetensors") == native.read_spec(
-        tmp_path / "killed/model.safetensors"
-    )
 
 
 def test_a_finished_run_can_be_taken_further(vae, run, tmp_path: Path):

@@ -1,0 +1,127 @@
+"""A run that is killed goes on bit for bit: real processes, SIGKILL, one and two ranks."""
+
+import itertools
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from training.trainee import Server, Trainee, records, result
+
+from ldm.training import checkpoint
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with Server(tmp_path_factory.mktemp("server")) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def autoencoder(server: Server) -> str:
+    assert server.start("vae", server.folder / "vae", ["--run.steps", "1"]).wait() == [0]
+    return str(server.folder / "vae/model.safetensors")
+
+
+def overrides(kind: str, precision: str, workers: int, run: Path, autoencoder: str) -> list[str]:
+    words = ["--run.precision", precision, "--data.workers", str(workers), "--run.checkpoint_every", "2"]
+    if kind != "vae":
+        words += ["--autoencoder", autoencoder]
+    return [*words, "--cache", str(run / "latents"), "--optim.accumulate", "2"] if kind == "ldm cached" else words
+
+
+QUICK = {("vae", "fp32", 0, 1), ("vae", "bf16", 2, 2), ("ldm", "bf16", 2, 1), ("ldm cached", "fp32", 0, 2)}
+CASES = [
+    pytest.param(*case, marks=() if case in QUICK else pytest.mark.slow)
+    for case in itertools.product(("vae", "ldm", "ldm cached"), ("fp32", "bf16"), (0, 2), (1, 2))
+]
+
+
+@pytest.mark.parametrize(("kind", "precision", "workers", "ranks"), CASES)
+def test_a_killed_run_goes_on_bit_for_bit(
+    kind: str, precision: str, workers: int, ranks: int, server: Server, autoencoder: str, tmp_path: Path
+):
+    script = kind.split()[0]
+    for name, deaths in (("whole", []), ("killed", [3, 5])):  # of 6, in the middle of an epoch
+        run = tmp_path / name
+        settings = overrides(kind, precision, workers, run, autoencoder)
+        for die in deaths:
+            trainee = server.start(script, run, settings, ranks, die=die)
+            assert -signal.SIGKILL in trainee.wait(), trainee.said
+            if die == 3:
+                assert not (run / "checkpoints/00000004").exists()
+        trainee = server.start(script, run, settings, ranks)
+        assert trainee.wait() == [0] * ranks, trainee.said
+        assert ("going on from" in trainee.said) == bool(deaths)
+    for one, other in zip(result(tmp_path / "whole"), result(tmp_path / "killed"), strict=True):
+        if isinstance(one, bytes):  # the folder of the cache is a setting, and so in both
+            one = one.replace(str(tmp_path / "whole").encode(), b"")
+            other = other.replace(str(tmp_path / "killed").encode(), b"")
+        assert one == other
+
+
+def until_saved(trainee: Trainee, run: Path) -> None:
+    """Wait for its first checkpoint."""
+    while not checkpoint.complete(run / "checkpoints"):
+        assert trainee.running(0), trainee.said
+        time.sleep(0.02)
+
+
+def test_a_rank_that_dies_takes_the_other_down_with_a_message(server: Server, tmp_path: Path):
+    trainee = server.start("vae", tmp_path, ["--run.steps", "100000", "--run.checkpoint_every", "5"], ranks=2)
+    until_saved(trainee, tmp_path)
+    trainee.signal(signal.SIGKILL, rank=1)
+    began = time.monotonic()
+    assert trainee.wait(60) == [2, -signal.SIGKILL], trainee.said
+    assert time.monotonic() - began < 30  # not the timeout of 600 s
+    assert "process 0 of 2 stops, since another one is gone or hangs" in trainee.said
+    assert "Traceback" not in trainee.said
+
+
+def test_a_rank_that_hangs_is_not_waited_for_without_end(server: Server, tmp_path: Path):
+    trainee = server.start("vae", tmp_path, ["--run.steps", "100000", "--run.timeout", "3"], ranks=2)
+    until_saved(trainee, tmp_path)
+    trainee.signal(signal.SIGSTOP, rank=1)
+    deadline = time.monotonic() + 60
+    while trainee.running(0) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    trainee.signal(signal.SIGKILL, rank=1)
+    assert trainee.wait(30)[0] == 2, trainee.said
+    assert "another one is gone or hangs" in trainee.said
+
+
+def test_one_process_two_and_accumulation_take_the_same_steps(server: Server, autoencoder: str, tmp_path: Path):
+    ways = {"one": (1, []), "two": (2, []), "parts": (1, ["--optim.accumulate", "2"])}
+    kinds = {"ldm": ["--autoencoder", autoencoder], "vae": ["--loss.adaptive", "false"]}
+    for kind, settings in kinds.items():
+        logs = []
+        for name, (ranks, more) in ways.items():
+            run = tmp_path / f"{kind}-{name}"
+            trainee = server.start(
+                kind, run, [*settings, *more, "--run.batch_size", "8", "--run.log_every", "1"], ranks
+            )
+            assert trainee.wait() == [0] * ranks, trainee.said
+            logs.append(records(run))
+        for one, *others in zip(*logs, strict=True):
+            for other in others:
+                assert one.keys() == other.keys()
+                for name in one:
+                    assert other[name] == pytest.approx(one[name], rel=1e-4 if one["step"] < 3 else 5e-3, abs=1e-6)
+
+
+def test_the_log_is_on_the_disk_before_its_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    from ldm.training.folder import RunFolder
+
+    folder, order = RunFolder(tmp_path), []
+    folder.write_log({"step": 1})
+    fsync, rename = os.fsync, Path.rename
+    monkeypatch.setattr(os, "fsync", lambda fd: (order.append(os.readlink(f"/proc/self/fd/{fd}")), fsync(fd))[1])
+    monkeypatch.setattr(Path, "rename", lambda path, to: (order.append(f"-> {to}"), rename(path, to))[1])
+    folder.write_checkpoint(1, ({"a": torch.zeros(1)}, {}), 1, 0)
+    assert order[0] == str(tmp_path / "log.jsonl")
+    assert order.index(f"-> {tmp_path / 'checkpoints/00000001'}") > order.index(
+        str(tmp_path / "checkpoints/.00000001.partial")
+    )
