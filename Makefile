@@ -42,6 +42,7 @@ clean:
 .venv/.installed-dev: requirements-dev.txt .venv/.installed
 	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps k-diffusion==0.1.1.post1
+	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target .venv/compvis stable-diffusion-sdkit==2.1.3
 	@touch $@
 
 .PHONY: weights corpus
