@@ -1,12 +1,13 @@
 """From the prompts of requests to a denoiser that is guided by them, step by step."""
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 
+from ldm.conditioning import Conditioning
 from ldm.diffusion.editing import by_step, composed
 from ldm.diffusion.guidance import Conditional, Denoise, cfg
 from ldm.errors import UserError
@@ -27,6 +28,7 @@ class Reader:
     conditioner: Conditioner
     embeddings: list[Embedding] = field(default_factory=list)
     wildcards: Path | None = None
+    show: Callable[[Conditioning, Conditioning], tuple[Conditioning, Conditioning]] | None = None  # adds a picture
 
     def fill(self, prompt: str, seed: int) -> str:
         """The prompt with a line of FOLDER/name.txt in place of each __name__, drawn by the picture's seed."""
@@ -74,6 +76,8 @@ class Reader:
         owner = torch.tensor([row for row, _ in parts], device=both.tokens.device)
         cond = replace(both[:m], concat=None if concat is None else concat[owner])
         uncond = replace(both[m:], concat=concat)
+        if self.show is not None:
+            cond, uncond = self.show(cond, uncond)
         weights = torch.tensor([part.weight for _, part in parts])
         if m == n and bool((weights == 1).all()):
             return cfg(denoiser, cond, uncond, r.cfg_scale)

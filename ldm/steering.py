@@ -1,0 +1,143 @@
+"""Pictures that steer a run: ControlNets and T2I-Adapters by hints, IP-Adapters by what is in a picture."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image as Pillow
+
+from ldm.adapters import hints
+from ldm.adapters.ip_adapter import IPAdapter
+from ldm.checkpoints.native import Model
+from ldm.conditioning import Conditioning
+from ldm.diffusion.denoiser import Denoiser
+from ldm.diffusion.guidance import Conditional
+from ldm.errors import UserError
+from ldm.families.control import load_control
+from ldm.families.ip_adapter import load_image_tower, load_ip_adapter
+from ldm.images import read_picture, to_image
+from ldm.models.controlnet import Controlled, ControlNet, Steering, T2IAdapter
+from ldm.shapes import Sigmas, Vector
+
+
+@dataclass(frozen=True)
+class Control:
+    """A network, the picture whose hint it is shown, and the share of the run, from start to end, that it steers."""
+
+    path: Path
+    network: ControlNet | T2IAdapter
+    picture: Pillow.Image
+    hint: str = "none"
+    weight: float = 1.0
+    start: float = 0.0
+    end: float = 1.0
+
+    def steering(self, labels: Sequence[float], size: tuple[int, int]) -> Steering:
+        """For a run whose network is told these labels, falling, one a step, and pictures of size (height, width)."""
+        n = len(labels)
+        steered = [i for i in range(n) if i >= self.start * n and i + 1 <= self.end * n]
+        if not steered:
+            raise UserError(f"control from {self.start:g} to {self.end:g} holds none of the {n} steps: widen it")
+        first, last = steered[0], steered[-1]
+        weight = next(self.network.parameters())
+        scaled = to_image(self.picture.resize(size[::-1], Pillow.Resampling.LANCZOS))
+        drawn = hints.draw(self.hint, scaled).to(weight)[:, : self._channels]
+        most = (labels[first - 1] + labels[first]) / 2 if first else math.inf
+        least = (labels[last] + labels[last + 1]) / 2 if last + 1 < n else -math.inf
+        return Steering(self.network, drawn, self.weight, most, least)
+
+    @property
+    def _channels(self) -> int:
+        if isinstance(self.network, T2IAdapter):
+            return self.network.config.hint_channels
+        return int(self.network.hint[0].weight.shape[1])  # type: ignore[index, union-attr]
+
+
+def controlled(
+    denoiser: Conditional, controls: Sequence[Control], sigmas: Sigmas, size: tuple[int, int]
+) -> Conditional:
+    """The denoiser of one run, its network under controls. size: (height, width) of its pictures."""
+    if not controls:
+        return denoiser
+    assert isinstance(denoiser, Denoiser)
+    labels = denoiser.schedule.label(sigmas[:-1]).tolist()
+    steered = Controlled(denoiser.backbone, [control.steering(labels, size) for control in controls])  # type: ignore[arg-type]
+    return Denoiser(steered, denoiser.prediction, denoiser.schedule)
+
+
+def read_controls(
+    model: Model, specs: Sequence[str], pictures: Sequence[Path], drawn: Sequence[str] = ()
+) -> list[Control]:
+    """specs: FILE, FILE:WEIGHT or FILE:WEIGHT:START-END each; a picture and a hint for each, or one for all.
+
+    UserError where they differ in number, cannot be read, or are for another model.
+    """
+    assert model.backbone is not None
+    weight = model.backbone.conv_in.weight
+    controls = []
+    pairs = zip(
+        specs, _each("control-image", pictures, specs), _each("control-hint", drawn or ["none"], specs), strict=True
+    )
+    for spec, picture, hint in pairs:
+        path, strength, start, end = parse(spec)
+        network = load_control(path, model.backbone.config, weight.device, weight.dtype)
+        factor = model.autoencoder.factor
+        if isinstance(network, ControlNet) and network.factor != factor:
+            raise UserError(
+                f"{str(path)!r} reads hints {network.factor} times as large as latents, this model's are {factor} times"
+            )
+        if hint != "none" and hint not in hints.HINTS:
+            hints.draw(hint, torch.zeros(1, 3, 8, 8))  # which says what is known
+        controls.append(Control(path, network, read_picture(picture), hint, strength, start, end))
+    return controls
+
+
+def parse(spec: str) -> tuple[Path, float, float, float]:
+    """The file, weight, start and end of FILE[:WEIGHT[:START-END]]. UserError for what is not that."""
+    head, *rest = spec.rsplit(":", 2) if spec.count(":") > 1 else spec.rsplit(":", 1)
+    try:
+        weight = float(rest[0]) if rest else 1.0
+        start, end = (float(x) for x in rest[1].split("-")) if len(rest) > 1 else (0.0, 1.0)
+    except ValueError:
+        raise UserError(f"cannot read {spec!r}: write FILE, FILE:0.8 or FILE:0.8:0-0.5") from None
+    if not math.isfinite(weight) or not 0 <= start < end <= 1:
+        raise UserError(f"{spec!r}: needs a finite weight, and a range within 0-1 that is not empty")
+    return Path(head), weight, start, end
+
+
+def _each(flag: str, given: Sequence, specs: Sequence[str]) -> list:  # type: ignore[type-arg]
+    """One of `given` for each spec."""
+    if len(given) not in (1, len(specs)):
+        raise UserError(
+            f"--{flag} has {len(given)} values for {len(specs)} controls: give one for each, or one for all"
+        )
+    return [*given] if len(given) == len(specs) else [given[0]] * len(specs)
+
+
+@dataclass(frozen=True)
+class PicturePrompt:
+    """An IP-Adapter in a model's UNet, and the embedding of the picture it shows."""
+
+    path: Path
+    adapter: IPAdapter
+    embedding: Vector
+
+    def show(self, cond: Conditioning, uncond: Conditioning) -> tuple[Conditioning, Conditioning]:
+        """The picture behind what is wanted, and none behind the rest."""
+        return self.adapter.show(cond, self.embedding), self.adapter.show(uncond, torch.zeros_like(self.embedding))
+
+
+def read_picture_prompt(model: Model, spec: str, picture: Path, tower: Path) -> PicturePrompt:
+    """Put an IP-Adapter, FILE or FILE:WEIGHT, into a model, seeing a picture through CLIP's image tower in a folder."""
+    assert model.backbone is not None
+    path, weight, *_ = parse(spec)
+    device = model.backbone.conv_in.weight.device
+    adapter = load_ip_adapter(path, model.backbone, device)
+    eye = load_image_tower(tower, device)
+    if (seen := eye.config.projection) != (wide := adapter.projection.proj.in_features):
+        raise UserError(f"{str(path)!r} reads embeddings of {wide} numbers, {str(tower)!r} gives {seen}: another tower")
+    adapter.inject(model.backbone, weight)
+    with torch.no_grad():
+        return PicturePrompt(path, adapter, eye(to_image(read_picture(picture)).to(device)))
