@@ -25,6 +25,11 @@ check: .venv/.installed-dev
 fuzz: .venv/.installed-dev
 	$(PY) tests/families/fuzz.py
 
+# A thousand kills of training runs at random moments, full disks, flipped bytes, signals: each run ends as if left alone.
+.PHONY: chaos
+chaos: .venv/.installed-dev
+	$(PY) tests/training/chaos.py $(ARGS)
+
 format: .venv/.installed-dev
 	$(PY) -m ruff format .
 	$(PY) -m ruff check --fix .

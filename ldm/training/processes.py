@@ -53,7 +53,7 @@ class Processes:
         if self._patient is None:
             return number, number
         numbers = [torch.zeros((), dtype=torch.int64) for _ in range(self.count)]
-        dist.all_gather(numbers, torch.tensor(number), group=self._patient)
+        dist.all_gather(numbers, torch.tensor(int(number)), group=self._patient)
         return int(min(numbers)), int(max(numbers))
 
     @contextmanager
