@@ -1,8 +1,10 @@
 """Captions for training: cleaned, made from columns by templates, each kept once."""
 
+import html
 import re
 import string
-from collections.abc import Mapping, Sequence
+import unicodedata
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +19,14 @@ _ARTICLE = re.compile(r".*\ban? \{", re.IGNORECASE)
 _COLOUR = re.compile(
     r".*\b(red|orange|yellow|green|blue|purple|pink|brown|black|white|gr[ea]y|teal|violet|gold|silver)\b", re.IGNORECASE
 )
+_TAGS = (
+    "a|abbr|acronym|address|article|aside|b|big|blockquote|body|br|center|cite|code|dd|del|div|dl|dt|em|figcaption|"
+    "figure|font|footer|form|h[1-6]|head|header|hr|html|i|iframe|img|input|ins|label|li|link|main|mark|meta|nav|ol|"
+    "option|p|pre|q|s|script|section|select|small|source|span|strike|strong|style|sub|sup|table|tbody|td|textarea|tfoot|"
+    "th|thead|time|title|tr|tt|u|ul|video"
+)
+_HTML = re.compile(rf"<!--.*?-->|<(script|style)\b.*?</\1\s*>|</?(?:{_TAGS})(?:\s[^<>]*)?/?>", re.I | re.S)
+_CONTROLS = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\u200b\u200e\u200f\u2060\ufeff\ufffe\uffff]|[\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -68,6 +78,19 @@ def clean(text: str) -> str:
     return _SPACES.sub(" ", text).strip()
 
 
-def own_captions(columns: Mapping[str, Any], limit: int | None) -> list[str]:
-    """The first `limit` captions that came with a picture, cleaned, each once."""
-    return list(dict.fromkeys(filter(None, map(clean, columns["captions"]))))[:limit]
+def plain(text: str) -> str:
+    """Text without HTML's tags, entities and comments, without control characters, in Unicode's composed form (NFC).
+
+    Only tags of HTML go: a `<cat-toy>` that stands for a learnt concept stays.
+    """
+    if "<" in text or "&" in text:
+        text = html.unescape(_HTML.sub(" ", html.unescape(text)))  # a &lt;b&gt; is a tag too
+        text = _HTML.sub(" ", text)
+    if not text.isascii():
+        text = unicodedata.normalize("NFC", text)
+    return clean(_CONTROLS.sub("", text))
+
+
+def own_captions(columns: Mapping[str, Any], limit: int | None, tidy: Callable[[str], str] = clean) -> list[str]:
+    """The first `limit` captions that came with a picture, made tidy, each once."""
+    return list(dict.fromkeys(filter(None, map(tidy, columns["captions"]))))[:limit]

@@ -1,64 +1,42 @@
 """Pictures and captions from anywhere -> shards for training.
 
-The samples of all sources are put in the order of a hash of their ids, so that every shard mixes the sources and the
-outcome does not depend on the number of processes. Each shard is one job: whole or not there, with a `_stats.json`
-that says what it holds and what was refused, so that a second run makes only what is missing.
+The plan is made first: the ids of all sources, in the order of their hashes (so that every shard mixes the sources) or
+as they lie, are split over shards. Then up to three passes, each over parts that are whole or not there: rows that are
+slow to read out of order are copied, duplicates are found, shards are written with a `_stats.json` that says what each
+holds and what was dropped. Stopped at any moment and run again, by any engine, it makes only what is missing, and the
+same bytes.
 """
 
 import collections
 import dataclasses
 import hashlib
-import io
 import itertools
 import json
-import multiprocessing
-import os
-import re
-import signal
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+import shutil
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 from PIL import Image
 
-from ldm.data.captions import own_captions, read_templates
-from ldm.data.images import FORMATS, decode, has_alpha
-from ldm.data.report import count
+from ldm.data import duplicates, engine
+from ldm.data.engine import Tick
+from ldm.data.fetch import Downloads
+from ldm.data.options import PrepareConfig, check, check_names
+from ldm.data.page import page
+from ldm.data.report import count, measure
 from ldm.data.shards import Entry, write_manifest, write_shard
-from ldm.data.sources import Raw, Source, open_sources
-from ldm.errors import UserError, nearest
-from ldm.files import sha256, write_json
+from ldm.data.sources import Raw, Reader, Source, open_sources
+from ldm.data.spool import Piece, Spool, Spooling
+from ldm.data.stages import Dropped, Record, Stage, choosing, making, run, small, unreadable
+from ldm.errors import UserError
+from ldm.files import replacing, sha256, write_json
 
-MAX_ASPECT = 4.0
-_SUFFIX = {"WEBP": "webp", "JPEG": "jpg", "PNG": "png"}
-
-
-@dataclass(frozen=True)
-class PrepareConfig:
-    """What to make of the sources.
-
-    size: pixels of the shorter side; format: of the written images, None keeps a picture's bytes where it has the size
-    already and else writes WebP; quality: of WebP and JPEG; shard_size: samples in a shard; holdout: share kept
-    for validation in `out/val`; templates: captions made of columns; limits: most pictures of a source, by name, "" for
-    all; max_captions: most own captions of a picture, by source; match: a regular expression that one of a picture's
-    captions must contain; workers: processes, 0 for this one.
-    """
-
-    out: str
-    size: int
-    format: Literal["webp", "jpg", "png"] | None = None
-    quality: int = 90
-    shard_size: int = 2000
-    holdout: float = 0.0
-    templates: tuple[str, ...] = ()
-    limit_per_source: int | None = None
-    max_captions: dict[str, int] = dataclasses.field(default_factory=dict)
-    match: str = ""
-    workers: int = 0
+_FORMAT = 2  # of the shards: raised where the same plan comes to make other bytes
+_WORK = "work"  # folder in `out` of what is needed until all shards are there
 
 
 class Pick(NamedTuple):
@@ -71,77 +49,105 @@ class Pick(NamedTuple):
 
 @dataclass(frozen=True)
 class Job:
-    """One shard to write, and the rows it is made of, in order."""
+    """One shard to write, and the rows it is made of, in order. twice: duplicates, and what each is one of."""
 
     path: Path
     number: int
     picks: list[Pick]
+    twice: Mapping[tuple[int, ...], tuple[str, str]] = field(default_factory=dict)
 
 
 def prepare(paths: Sequence[str], config: PrepareConfig, show: Callable[[int, int], None]) -> dict[str, Any]:
-    """Write the shards and return the report. `show(done, total)` is called now and then with numbers of samples.
+    """Write the shards and return the report. `show(done, total)` is called now and then with numbers of samples read.
 
-    UserError for sources or options that cannot work, and for an `out` that holds another preparation.
+    UserError for sources or options that cannot work, for an `out` that holds another preparation or cannot be written.
     """
-    sources = open_sources(paths)
+    check(config)
+    hands = config.per_host if config.engine == "ray" else min(max(config.workers, 1), config.per_host)
+    limits = Downloads(config.timeout, config.retries, config.max_bytes, config.per_host // hands)
+    sources = open_sources(paths, limits)
     names = [source.name for source in sources]
-    _check(config, names)
+    check_names(config, names)
     ids = [source.ids() for source in sources]
-    train, val = _picks(names, ids, config)
     out = Path(config.out)
+    train, val = _picks(names, ids, config)
     jobs = _jobs(out, train, config.shard_size) + _jobs(out / "val", val, config.shard_size)
-    _claim(out, {out, *(job.path.parent for job in jobs)}, _plan(sources, ids, config))
-    done = {job.path: stats for job in jobs if (stats := _finished(job.path))}
-    before = sum(len(job.picks) for job in jobs if job.path in done)
-    total = sum(len(job.picks) for job in jobs)
-    show(before, total)
-    todo = [job for job in jobs if job.path not in done]
-    for job, stats in _run(todo, sources, config, lambda new: show(before + new, total)):
-        done[job.path] = stats
-    for folder in {job.path.parent for job in jobs}:
-        write_manifest(folder, [Entry(**done[job.path]["shard"]) for job in jobs if job.path.parent == folder])
-    report = {
-        "offered": {name: len(rows) for name, rows in zip(names, ids, strict=True)},
-        **count([done[job.path] for job in jobs if job.path.parent == out], names, config.templates),
-        "validation": count([done[job.path] for job in jobs if job.path.parent != out], names, config.templates),
-    }
-    write_json(out / "report.json", report)
+    with engine.writing_to(out):
+        _claim(out, {out, *(job.path.parent for job in jobs)}, _plan(sources, ids, config))
+        done = {job.path: stats for job in jobs if (stats := _finished(job.path))}
+        if len(done) < len(jobs):
+            _make(jobs, done, sources, config, show)
+        for folder in {job.path.parent for job in jobs}:
+            write_manifest(folder, [Entry(**done[job.path]["shard"]) for job in jobs if job.path.parent == folder])
+        report = {
+            "offered": {name: len(rows) for name, rows in zip(names, ids, strict=True)},
+            **count([done[job.path] for job in jobs if job.path.parent == out], names, config.templates),
+            "validation": count([done[job.path] for job in jobs if job.path.parent != out], names, config.templates),
+        }
+        write_json(out / "report.json", report)
+        with replacing(out / "report.html") as temporary:
+            temporary.write_text(page(report, out), "utf-8")
     if not report["samples"]:
         reasons = "; ".join(about["examples"][0] for about in report["refused"].values()) or "there are none"
         raise UserError(f"none of the {sum(map(len, ids))} pictures can be used: {reasons}")
+    shutil.rmtree(out / _WORK, ignore_errors=True)
     return report
 
 
-def _check(config: PrepareConfig, names: Sequence[str]) -> None:
-    if config.size < 8:
-        raise UserError(f"size {config.size} is too small: give 8 or more pixels")
-    if not 1 <= config.shard_size <= 10_000:
-        raise UserError(f"a shard of {config.shard_size} samples cannot be numbered: give 1 to 10000")
-    if not 0 <= config.holdout < 1:
-        raise UserError(f"holdout {config.holdout} is not a share: give 0 to less than 1, such as 0.02")
-    if config.limit_per_source is not None and config.limit_per_source < 1:
-        raise UserError(f"limit {config.limit_per_source} leaves no pictures: give 1 or more")
-    if not 1 <= config.quality <= 100:
-        raise UserError(f"quality {config.quality} is out of range: give 1 to 100")
-    for name in config.max_captions:
-        if name and name not in names:
-            raise UserError(f"no source is called {name!r}{nearest(name, list(names))}")
-    try:
-        re.compile(config.match)
-    except re.error as error:
-        raise UserError(f"match {config.match!r} is not a regular expression: {error}") from None
-    read_templates(config.templates, names)
+def _make(
+    jobs: Sequence[Job],
+    done: dict[Path, dict[str, Any]],
+    sources: Sequence[Source],
+    config: PrepareConfig,
+    show: Callable[[int, int], None],
+) -> None:
+    """The three passes over what is missing; the finished shards' stats go to `done`."""
+    work = Path(config.out) / _WORK
+    readers, pieces, moved = _spools(jobs, sources, config, work)
+    picked = sum(len(job.picks) for job in jobs)
+    prints = [work / f"prints-{n:06d}.npz" for n in range(len(jobs) if config.duplicates != "keep" else 0)]
+    total = picked + sum(len(piece.rows) for piece in pieces) + picked * bool(prints)
+    sizes = {piece.path: len(piece.rows) for piece in pieces}
+    sizes |= {path: len(job.picks) for path, job in zip(prints, jobs, strict=False)}
+    before = sum(size for path, size in sizes.items() if path.exists())
+    before += sum(len(job.picks) for job in jobs if job.path in done)
+
+    def go(task: Any, parts: Sequence[Any], most: int) -> Iterator[tuple[Any, Any]]:
+        nonlocal before
+        start, ticks = before, 0
+
+        def tell(new: int) -> None:
+            nonlocal ticks
+            ticks = new
+            show(start + new, total)
+
+        yield from engine.run(config.engine, task, parts, most, tell)
+        before = start + ticks
+
+    show(before, total)
+    most = config.workers if config.engine == "local" else 0
+    for fetched in (False, True):
+        missing = [p for p in pieces if sources[p.source].downloads is fetched and not p.path.exists()]
+        hands = config.per_host if fetched and not most else min(most, config.per_host) if fetched else most
+        collections.deque(go(Spooling(sources), missing, hands), 0)
+    if prints:
+        todo = [(path, job) for path, job in zip(prints, moved, strict=True) if not path.exists()]
+        collections.deque(go(Printing([s.name for s in sources], readers, config), todo, most), 0)
+        moved = _told_apart(moved, prints, config)
+    shards = Making([source.name for source in sources], readers, config)
+    for job, stats in go(shards, [job for job in moved if job.path not in done], most):
+        done[job.path] = stats
 
 
 def _picks(names: Sequence[str], ids: Sequence[Sequence[str]], config: PrepareConfig) -> tuple[list[Pick], list[Pick]]:
-    """What to take for training and for validation, each in the order of a hash of source and id."""
+    """What to take for training and for validation; who is held out follows from a hash of source and id."""
     hashed: list[tuple[bytes, Pick]] = []
     for number, (name, rows) in enumerate(zip(names, ids, strict=True)):
         mine = [
             (hashlib.sha256(f"{name}/{id}".encode()).digest(), Pick(number, row, id)) for row, id in enumerate(rows)
         ]
         hashed += sorted(mine)[: config.limit_per_source]
-    hashed.sort()
+    hashed.sort(key=(lambda pair: pair[1]) if config.order == "source" else None)
     held = [int.from_bytes(digest[-4:], "big") < config.holdout * 2**32 for digest, _ in hashed]
     train = [pick for (_, pick), out in zip(hashed, held, strict=True) if not out]
     return train, [pick for (_, pick), out in zip(hashed, held, strict=True) if out]
@@ -154,9 +160,8 @@ def _jobs(folder: Path, picks: list[Pick], size: int) -> list[Job]:
 
 def _plan(sources: Sequence[Source], ids: Sequence[Sequence[str]], config: PrepareConfig) -> str:
     """A digest of everything that the shards depend on."""
-    options = {**dataclasses.asdict(config), "out": "", "workers": 0}
     origins = [(source.name, source.stamp()) for source in sources]
-    return hashlib.sha256(json.dumps([options, origins, ids]).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([_FORMAT, config.outcome(), origins, ids]).encode()).hexdigest()
 
 
 def _claim(out: Path, folders: set[Path], plan: str) -> None:
@@ -165,9 +170,9 @@ def _claim(out: Path, folders: set[Path], plan: str) -> None:
     known = json.loads(path.read_text()).get("plan") if path.is_file() else None
     if known != plan and (known or any(out.glob("*.tar"))):
         raise UserError(f"{str(out)!r} holds shards of other sources or options: give another --out, or remove it")
-    for folder in folders:
+    for folder in (*folders, out / _WORK):
         folder.mkdir(parents=True, exist_ok=True)
-        for half in folder.glob("*.tmp"):
+        for half in folder.rglob("*.tmp"):
             half.unlink()
     write_json(path, {"plan": plan})
 
@@ -182,143 +187,185 @@ def _finished(shard: Path) -> dict[str, Any] | None:
     if not (stats.is_file() and shard.is_file()):
         return None
     known: dict[str, Any] = json.loads(stats.read_text())
-    return known if sha256(shard) == known["shard"]["sha256"] else None
+    index, entry = shard.with_suffix(".idx"), known["shard"]
+    sound = index.is_file() and sha256(index) == entry["index"] and sha256(shard) == entry["sha256"]
+    return known if sound else None
 
 
-def _run(
-    jobs: Sequence[Job], sources: Sequence[Source], config: PrepareConfig, show: Callable[[int], None]
-) -> Iterator[tuple[Job, dict[str, Any]]]:
-    """Make the shards, here or in processes of their own. `show` is given the samples done."""
-    if config.workers < 2:
-        done = itertools.count(1)
-        for job in jobs:
-            yield job, make_shard(job, sources, config, lambda: show(next(done)))
-        return
-    context = multiprocessing.get_context("spawn")  # a fork would copy the locks of other threads
-    counter = context.Value("q")
-    with ProcessPoolExecutor(config.workers, context, _begin, (sources, config, counter)) as pool:
-        futures = {pool.submit(_work, job): job for job in jobs}
-        waiting = set(futures)
-        try:
-            while waiting:
-                ready, waiting = wait(waiting, timeout=0.2, return_when=FIRST_COMPLETED)
-                show(counter.value)
-                yield from ((futures[future], future.result()) for future in ready)
-        except BrokenProcessPool:
-            raise UserError(
-                "a process that made shards died (out of memory?): run again with fewer --workers"
-            ) from None
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)  # the shards under way are still finished
+def _spools(
+    jobs: Sequence[Job], sources: Sequence[Source], config: PrepareConfig, work: Path
+) -> tuple[list[Reader], list[Piece], list[Job]]:
+    """What to read each source from, the pieces to copy for that, and the jobs with rows as they are numbered there.
 
-
-def _begin(sources: Sequence[Source], config: PrepareConfig, counter: Any) -> None:
-    global _work_state
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that waits
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    _work_state = (sources, config, counter)
-
-
-def _end_with_parent() -> None:
-    """A parent that was killed tells nobody: without this its processes would wait for work for ever."""
-    parent = multiprocessing.parent_process()
-    if parent:
-        parent.join()
-        os._exit(1)
-
-
-_work_state: tuple[Sequence[Source], PrepareConfig, Any]
-
-
-def _work(job: Job) -> dict[str, Any]:
-    sources, config, counter = _work_state
-
-    def tick() -> None:
-        with counter.get_lock():
-            counter.value += 1
-
-    return make_shard(job, sources, config, tick)
-
-
-def make_shard(job: Job, sources: Sequence[Source], config: PrepareConfig, tick: Callable[[], None]) -> dict[str, Any]:
-    """Write one shard and what is known of it; returns the latter. `tick` is called for each sample read."""
-    templates = read_templates(config.templates, [source.name for source in sources])
-    kept: dict[Pick, tuple[str, bytes, dict[str, Any]]] = {}
-    refused: list[tuple[str, str]] = []
-    used: collections.Counter[str] = collections.Counter()
-    for pick, raw in _read(job.picks, sources):
-        tick()
-        name = sources[pick.source].name
-        try:
-            if isinstance(raw, UserError):
-                raise raw
-            own = own_captions(raw.columns, config.max_captions.get(name, config.max_captions.get("")))
-            made = {t: t.fill(raw.columns) for t in templates if t.source in ("", name)}
-            texts = list(dict.fromkeys([*own, *filter(None, made.values())]))
-            if not texts:
-                raise UserError("no caption")
-            if not any(re.search(config.match, text) for text in texts):
-                raise UserError("no caption that matches")
-            suffix, data, size = fit(raw.image, config)
-            used.update(t.given for t, text in made.items() if text)
-            columns = {"id": pick.id, "source": name, **raw.columns, "captions": texts}
-            kept[pick] = (suffix, data, {**columns, "width": size[0], "height": size[1]})
-        except ValueError as error:
-            refused.append((f"{name}: {pick.id}", str(error)))
-    entry = write_shard(job.path, _members(job, kept))
-    counts = collections.Counter(sources[pick.source].name for pick in kept)
-    stats = {"shard": dataclasses.asdict(entry), "kept": counts, "refused": sorted(refused), "templates": used}
-    write_json(_stats_path(job.path), stats)
-    return stats
-
-
-def _read(picks: Sequence[Pick], sources: Sequence[Source]) -> Iterator[tuple[Pick, Raw | UserError]]:
-    """Rows by source and in rising order, which is how a source is read fastest."""
-    for number, mine in itertools.groupby(sorted(picks), key=lambda pick: pick.source):
-        chosen = list(mine)
-        yield from zip(chosen, sources[number].read([pick.row for pick in chosen]), strict=True)
-
-
-def _members(
-    job: Job, kept: Mapping[Pick, tuple[str, bytes, dict[str, Any]]]
-) -> Iterator[tuple[str, dict[str, bytes]]]:
-    for index, pick in enumerate(pick for pick in job.picks if pick in kept):
-        suffix, data, columns = kept[pick]
-        key = f"{job.number:05d}{index:04d}"
-        about = json.dumps({**columns, "key": key}, ensure_ascii=False).encode()
-        yield key, {suffix: data, "txt": columns["captions"][0].encode(), "json": about}
-
-
-def fit(data: bytes, config: PrepareConfig) -> tuple[str, bytes, tuple[int, int]]:
-    """(extension, bytes, (width, height)) of a picture whose shorter side has `config.size` pixels.
-
-    The bytes are passed through where they are that already and no format is asked for. ValueError, in words, for
-    bytes that are no picture, and for one longer than MAX_ASPECT.
+    Copied are downloads, and in a mixed order what cannot be read fast out of order: each job would read all of it.
     """
-    picture = decode(data)
-    short = min(picture.size)
-    if max(picture.size) > MAX_ASPECT * short:
-        raise ValueError(f"longer than {MAX_ASPECT:g}:1")
-    header = Image.open(io.BytesIO(data), formats=FORMATS)
-    plain = not has_alpha(header) and "exif" not in header.info and header.format is not None
-    if config.format is None and plain and short == config.size:
-        return _SUFFIX[str(header.format)], data, picture.size
-    if short != config.size:
-        scale = config.size / short
-        size = (max(config.size, round(picture.width * scale)), max(config.size, round(picture.height * scale)))
-        picture = picture.resize(size, Image.Resampling.LANCZOS, reducing_gap=3.0)
-    target, suffix = io.BytesIO(), config.format or "webp"
-    kind = next(name for name, s in _SUFFIX.items() if s == suffix)
-    picture.save(target, kind, quality=config.quality)
-    return suffix, target.getvalue(), picture.size
+    rows: dict[int, Any] = collections.defaultdict(list)
+    for pick in itertools.chain.from_iterable(job.picks for job in jobs):
+        rows[pick.source].append(pick.row)
+    readers: list[Reader] = list(sources)
+    pieces: list[Piece] = []
+    for number, source in enumerate(sources):
+        if rows[number] and (source.downloads or (config.order == "mixed" and not source.random)):
+            rows[number] = np.sort(np.array(rows[number]))
+            readers[number] = spool = Spool(work / f"rows-{number}")
+            pieces += spool.pieces(number, rows[number].tolist())
+    moved = [
+        dataclasses.replace(
+            job,
+            picks=[
+                pick._replace(row=int(np.searchsorted(rows[pick.source], pick.row)))
+                if isinstance(readers[pick.source], Spool)
+                else pick
+                for pick in job.picks
+            ],
+        )
+        for job in jobs
+    ]
+    return readers, pieces, moved
 
 
-def per_source(texts: Sequence[str]) -> dict[str, int]:
-    """`["3", "renders:2"]` as {"": 3, "renders": 2}. UserError for what is not a whole number from 0."""
-    numbers = {}
-    for text in texts:
-        name, _, number = text.rpartition(":")
-        if not number.isdecimal():
-            raise UserError(f"{text!r} is not a number: give N or SOURCE:N, such as 3")
-        numbers[name] = int(number)
-    return numbers
+def _told_apart(jobs: Sequence[Job], prints: Sequence[Path], config: PrepareConfig) -> list[Job]:
+    """The jobs with the duplicates among their picks, judged over all of them in source order."""
+    loaded = []
+    for path in prints:
+        with np.load(path) as file:
+            loaded.append({name: file[name] for name in file.files})
+    places, digests, hashes, colours = (
+        np.concatenate([part[name] for part in loaded]) for name in ("places", "digests", "hashes", "colours")
+    )
+    order = np.lexsort((places[:, 1], places[:, 0]))
+    places, first = places[order], duplicates.same_bytes(digests[order])
+    kinds = np.where(first == np.arange(len(first)), "", "same bytes")
+    if config.duplicates == "near":
+        kept = np.flatnonzero(kinds == "")
+        similar = kept[duplicates.alike(hashes[order][kept], colours[order][kept], config.near_distance)]
+        first[kept] = similar
+        kinds[kept[similar != kept]] = "looks alike"
+    known = {pick[:2]: pick.id for job in jobs for pick in job.picks}
+    twice = {
+        tuple(places[i].tolist()): (str(kinds[i]), known[tuple(places[first[i]].tolist())])
+        for i in np.flatnonzero(kinds != "").tolist()
+    }
+    return [
+        dataclasses.replace(job, twice={pick[:2]: twice[pick[:2]] for pick in job.picks if pick[:2] in twice})
+        for job in jobs
+    ]
+
+
+@dataclass(frozen=True)
+class Printing:
+    """The work of taking the prints of those pictures of a job that are not dropped for another reason."""
+
+    names: Sequence[str]
+    readers: Sequence[Reader]
+    config: PrepareConfig
+
+    def __call__(self, part: tuple[Path, Job], tick: Tick) -> None:
+        path, job = part
+        stages = choosing(self.config, self.names)
+        places, digests, looks = [], [], []
+        for record, dropped in _records(job, self.names, self.readers, stages, collections.Counter(), tick):
+            if dropped:
+                continue
+            try:
+                near = self.config.duplicates == "near"
+                looks.append(duplicates.look(small(record, self.config, duplicates.SIDE)) if near else (0, bytes(12)))
+            except Dropped:
+                continue
+            places.append(record.place)
+            digests.append(duplicates.digest(record.data))
+        with replacing(path) as temporary, temporary.open("wb") as file:
+            np.savez(
+                file,
+                places=np.array(places, np.int64).reshape(-1, 2),
+                digests=np.array(digests, "S32"),
+                hashes=np.array([hash for hash, _ in looks], np.uint64),
+                colours=np.frombuffer(b"".join(colours for _, colours in looks), np.uint8).reshape(-1, 12),
+            )
+
+
+@dataclass(frozen=True)
+class Making:
+    """The work of writing one shard and what is known of it; it returns the latter."""
+
+    names: Sequence[str]
+    readers: Sequence[Reader]
+    config: PrepareConfig
+
+    def __call__(self, job: Job, tick: Tick) -> dict[str, Any]:
+        stages = {**choosing(self.config, self.names), "duplicates": _once(job), **making(self.config)}
+        if self.config.duplicates == "keep":
+            del stages["duplicates"]
+        kept: dict[tuple[int, int], Record] = {}
+        refused: list[tuple[str, str, str]] = []
+        seen: collections.Counter[str] = collections.Counter()
+        for record, dropped in _records(job, self.names, self.readers, stages, seen, tick):
+            if dropped:
+                refused.append((f"{record.source}: {record.id}", dropped.reason, str(dropped)))
+            else:
+                kept[record.place] = record._replace(image=None)  # the pixels are encoded
+        records = [kept[pick[:2]] for pick in job.picks if pick[:2] in kept]
+        buckets = {f"{w}x{h}": 0 for w, h in self.config.buckets()}
+        for record in records:
+            buckets[record.bucket] = buckets.get(record.bucket, 0) + 1
+        if self.config.buckets():
+            rank = {name: number for number, name in enumerate(buckets)}
+            records.sort(key=lambda record: rank[record.bucket])
+            buckets = {name: number for name, number in buckets.items() if number}
+        else:
+            buckets = {}
+        entry = dataclasses.replace(write_shard(job.path, _members(job, records)), buckets=buckets)
+        stats = {
+            "shard": dataclasses.asdict(entry),
+            "kept": collections.Counter(record.source for record in records),
+            "seen": seen,
+            "refused": sorted(refused),
+            "changes": collections.Counter(itertools.chain.from_iterable(record.notes for record in records)),
+            "templates": collections.Counter(itertools.chain.from_iterable(record.made_by for record in records)),
+            "measures": measure(records),
+        }
+        write_json(_stats_path(job.path), stats)
+        return stats
+
+
+def _once(job: Job) -> Stage:
+    def once(record: Record) -> Record:
+        if record.place in job.twice:
+            kind, other = job.twice[record.place]
+            raise Dropped(f"duplicate, {kind}", f"as {other}")
+        return record
+
+    return once
+
+
+def _records(
+    job: Job,
+    names: Sequence[str],
+    readers: Sequence[Reader],
+    stages: Mapping[str, Stage],
+    seen: collections.Counter[str],
+    tick: Tick,
+) -> Iterator[tuple[Record, Dropped | None]]:
+    """The records of a job after the stages, or where they were dropped: by source, in rising order, as is fastest."""
+    warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # the limit is our own
+    for number, mine in itertools.groupby(sorted(job.picks), key=lambda pick: pick.source):
+        chosen = list(mine)
+        raws: Iterable[Raw | UserError] = readers[number].read([pick.row for pick in chosen])
+        for pick, raw in zip(chosen, raws, strict=True):
+            tick()
+            seen["read"] += 1
+            place = (pick.source, pick.row)
+            if isinstance(raw, UserError):
+                yield Record(names[number], pick.id, b"", {}, place), unreadable(raw)
+            else:
+                yield run(stages, Record(names[number], pick.id, raw.image, raw.columns, place), seen)
+
+
+def _members(job: Job, records: Sequence[Record]) -> Iterator[tuple[str, dict[str, bytes]]]:
+    for index, record in enumerate(records):
+        key = f"{job.number:05d}{index:04d}"
+        columns = {name: value for name, value in record.columns.items() if name != "bucket"}  # of an earlier one
+        about = {"id": record.id, "source": record.source, **columns, "captions": record.captions, **record.sizes}
+        about |= {"bucket": record.bucket, "key": key} if record.bucket else {"key": key}
+        text = json.dumps(about, ensure_ascii=False).encode()
+        yield key, {record.suffix: record.data, "txt": record.captions[0].encode(), "json": text}

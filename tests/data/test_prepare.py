@@ -1,14 +1,19 @@
 """Preparing: any source -> shards that are the same whoever makes them and however often they were stopped."""
 
-import dataclasses
+import errno
 import io
 import json
+import re
+from pathlib import Path
 
-import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from ldm.data.prepare import PrepareConfig, fit, per_source, prepare
+from ldm.data.options import PrepareConfig, per_source
+from ldm.data.prepare import prepare
+from ldm.data.report import lines
 from ldm.data.shards import Shards, read_manifest
 from ldm.errors import UserError
 from ldm.files import sha256
@@ -61,10 +66,14 @@ def test_shards_as_img2dataset_lays_them_out(photos, tmp_path):
         "text": f"thing {number}",
         "name": "thing",
         "colour": "red",
+        "original_width": 16,
+        "original_height": 16,
+        "crop_top": 0,
+        "crop_left": 0,
         "width": 16,
         "height": 16,
     }
-    assert shards.read(1, 2, "txt").decode() == f"thing {number}"
+    assert shards.sample(1, 2).members["txt"].decode() == f"thing {number}"
     assert (report["samples"], report["kept"], report["refused"]) == (40, {"photos": 40}, {})
     assert report["templates"] == {"a {colour} {name}": 40, "a {shape}": 0}
     assert json.loads((tmp_path / "out/report.json").read_text()) == report
@@ -76,39 +85,6 @@ def test_sources_are_mixed_and_named(photos, tmp_path, assets):
     assert {c["source"] for c in found.values()} == {"photos", "fluent_emoji", "twemoji", "renders"}
     for shard in range(4):
         assert len({c["source"] for c in found.values() if c["shard"] == shard}) > 2
-
-
-@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
-def test_bytes_that_fit_are_passed_through(picture, kind):
-    data = picture(0, (16, 20), kind)
-    config = PrepareConfig("", 16)
-    assert fit(data, config) == ({"PNG": "png", "JPEG": "jpg", "WEBP": "webp"}[kind], data, (20, 16))
-    suffix, forced, _ = fit(data, dataclasses.replace(config, format="webp", quality=80))
-    assert (suffix, forced != data) == ("webp", True)
-
-
-def test_others_are_resized_to_the_shorter_side(picture):
-    for form, kind in (("jpg", "JPEG"), ("png", "PNG"), ("webp", "WEBP"), (None, "WEBP")):
-        suffix, data, size = fit(picture(0, (50, 80)), PrepareConfig("", 20, format=form))
-        image = Image.open(io.BytesIO(data))
-        assert (suffix, image.format, image.size, size) == (form or "webp", kind, (32, 20), (32, 20))
-    assert fit(picture(0, (10, 10)), PrepareConfig("", 20))[2] == (20, 20)
-
-
-def test_quality_is_a_choice(picture):
-    low, high = (len(fit(picture(0, (64, 64)), PrepareConfig("", 32, quality=q))[1]) for q in (20, 95))
-    assert low < high / 2
-
-
-def test_alpha_and_turned_pictures_are_written_anew(encoded):
-    clear = encoded(Image.new("RGBA", (16, 16), (0, 0, 0, 0)))
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    turned = encoded(Image.new("RGB", (20, 16)), "JPEG", exif=exif)
-    for data, size in ((clear, (16, 16)), (turned, (16, 20))):
-        suffix, written, found = fit(data, PrepareConfig("", 16))
-        assert (suffix, written != data, found) == ("webp", True, size)
-    assert np.asarray(Image.open(io.BytesIO(fit(clear, PrepareConfig("", 16))[1]))).min() == 255
 
 
 def test_what_is_refused_is_counted_and_named(photos, tmp_path, picture):
@@ -123,11 +99,19 @@ def test_what_is_refused_is_counted_and_named(photos, tmp_path, picture):
     assert {reason: about["count"] for reason, about in report["refused"].items()} == {
         "not a PNG, JPEG or WebP image": 1,
         "broken image": 1,
-        "longer than 4": 1,
+        "longer than 4:1": 1,
         "cannot read": 1,
         "no caption": 1,
     }
     assert report["refused"]["no caption"]["examples"] == ["photos: 4.png: no caption"]
+    assert {name: (stage["seen"], stage["dropped"]) for name, stage in report["stages"].items()} == {
+        "read": (40, 1),
+        "captions": (39, 1),
+        "open": (38, 1),
+        "limits": (37, 1),
+        "decode and fit": (36, 1),
+        "encode": (35, 0),
+    }
     assert report["samples"] == len(samples(tmp_path / "out")) == 35
 
 
@@ -185,6 +169,98 @@ def test_processes_change_nothing(photos, tmp_path, assets):
     assert "00004.tar" in one and "val/00000.tar" in one
 
 
+@pytest.fixture
+def table(tmp_path, picture):
+    """A parquet file of 30 pictures in 6 row groups: six are there twice, six look like others."""
+    flat = [picture(n, (40, 40), "JPEG") for n in range(18)]
+    images = [*flat, *flat[3:9], *(picture(n, (40, 40)) for n in range(6))]
+    rows = [{"id": f"p{n}", "image": image, "text": f"thing {n}"} for n, image in enumerate(images)]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "table.parquet", row_group_size=5)
+    return tmp_path / "table.parquet"
+
+
+@pytest.mark.parametrize("duplicates, left", [("keep", 70), ("exact", 64), ("near", 58)])
+def test_duplicates_go_whoever_looks_for_them(photos, table, tmp_path, duplicates, left):
+    options = {"duplicates": duplicates, "holdout": 0.2, "shard_size": 9}
+    reports = [run([table, photos], tmp_path / str(n), workers=n, **options) for n in (1, 2)]
+    assert digests(tmp_path / "1") == digests(tmp_path / "2")
+    for report in reports:
+        assert report["samples"] + report["validation"]["samples"] == left
+    both = samples(tmp_path / "1") | samples(tmp_path / "1/val")
+    gone = {f"p{n}" for n in range(30)} - both.keys()
+    assert gone == {
+        f"p{n}" for n in [*range(18, 24), *range(24, 30)] if n < {"keep": 18, "exact": 24}.get(duplicates, 30)
+    }
+    if duplicates == "exact":
+        examples = report["refused"]["duplicate, same bytes"]["examples"]
+        pairs = [re.fullmatch(r"table: p(\d+): duplicate, same bytes: as p(\d+)", text).groups() for text in examples]
+        assert pairs and {int(second) - int(first) for second, first in pairs} == {15}
+
+
+def test_a_duplicate_stays_where_its_twin_is_dropped(tmp_path, picture):
+    rows = [{"id": f"{n}", "image": picture(0, (40, 40)), "text": text} for n, text in enumerate(["", "a cat"])]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "x.parquet")
+    for kind in ("exact", "near"):
+        run([tmp_path / "x.parquet"], tmp_path / kind, duplicates=kind)
+        assert samples(tmp_path / kind).keys() == {"1"}
+
+
+def test_the_order_of_sources_is_kept_if_asked_for(photos, table, tmp_path):
+    run([table, photos], tmp_path / "out", order="source", shard_size=25, duplicates="exact")
+    found = samples(tmp_path / "out")
+    assert list(found) == [
+        *(f"p{n}" for n in range(30) if n not in range(18, 24)),
+        *(f"{n}.png" for n in range(40)),
+    ]
+    assert not (tmp_path / "out/work").exists()
+
+
+def test_buckets_lie_in_the_shard_as_its_manifest_says(tmp_path, picture, photos):
+    folder = tmp_path / "shapes"
+    folder.mkdir()
+    sizes = [(64, 64), (40, 80), (80, 40), (50, 100), (64, 60)]  # height, width
+    for n in range(20):
+        (folder / f"{n}.png").write_bytes(picture(n, sizes[n % 5]))
+        (folder / f"{n}.txt").write_text(f"thing {n}")
+    report = run([folder], tmp_path / "out", size=32, resize="buckets", shard_size=10, max_aspect=2.0)
+    shards = Shards(str(tmp_path / "out"))
+    for shard, entry in enumerate(read_manifest(tmp_path / "out").values()):
+        named = [name for name, number in entry.buckets.items() for _ in range(number)]
+        about = [shards.describe(shard, i) for i in range(10)]
+        assert [columns["bucket"] for columns in about] == named == [f"{c['width']}x{c['height']}" for c in about]
+        for i, columns in enumerate(about):
+            with Image.open(io.BytesIO(shards.image(shard, i))) as image:
+                assert image.size == (columns["width"], columns["height"])
+            assert (columns["original_height"], columns["original_width"]) == sizes[
+                int(columns["id"].split(".")[0]) % 5
+            ]
+    assert report["measures"]["bucket"] == {"24x40": 4, "32x32": 8, "40x24": 8}
+    assert "16 at a batch of 16" not in (text := list(lines(report))[-2]) and text.startswith("3 buckets; ")
+
+
+def test_a_full_disk_is_one_line(photos, tmp_path, monkeypatch):
+    real = Path.replace
+
+    def full(self, target):
+        if Path(target).name == "00002.tar":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(self, target)
+
+    monkeypatch.setattr(Path, "replace", full)
+    with pytest.raises(UserError, match="cannot write to .*No space left on device.*make room and run again"):
+        run([photos], tmp_path / "out")
+    monkeypatch.undo()
+    run([photos], tmp_path / "out")
+    run([photos], tmp_path / "whole")
+    assert digests(tmp_path / "out") == digests(tmp_path / "whole")
+
+
+def test_an_out_that_cannot_be_written_is_one_line(photos, tmp_path):
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(UserError, match="cannot write to .*Not a directory"):
+        run([photos], tmp_path / "file/out")
+
+
 @pytest.mark.parametrize("stop", [1, 10, 39])
 def test_stopped_and_run_again_it_goes_on(photos, tmp_path, stop):
     def interrupt(done: int, total: int) -> None:
@@ -195,24 +271,44 @@ def test_stopped_and_run_again_it_goes_on(photos, tmp_path, stop):
     out = tmp_path / "out"
     with pytest.raises(KeyboardInterrupt):
         run([photos], out, interrupt)
-    (out / "00005.tar.tmp").write_bytes(b"left by a killed process")
+    (out / "work").mkdir(exist_ok=True)
+    for name in ("00005.tar.tmp", "work/.prints-000000.npz.1f.tmp"):
+        (out / name).write_bytes(b"left by a killed process")
     shards = {path.name: path.stat().st_ino for path in out.glob("*.tar")}
     assert len(shards) == (stop - 1) // 7
     seen: list[tuple[int, int]] = []
     run([photos], out, lambda *n: seen.append(n))
     assert seen[0] == (7 * len(shards), 40)
     assert {name: (out / name).stat().st_ino for name in shards} == shards
-    assert digests(out) == {**digests(tmp_path / "whole"), "plan.json": digests(out)["plan.json"]}
+    assert digests(out) == digests(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("stop", range(5, 90, 13))
+def test_stopped_in_any_pass_it_goes_on(table, tmp_path, stop):
+    """Ninety steps: thirty rows copied, thirty compared, thirty written."""
+
+    def interrupt(done: int, total: int) -> None:
+        assert total == 90
+        if done == stop:
+            raise KeyboardInterrupt
+
+    out, options = tmp_path / "out", {"duplicates": "near", "shard_size": 6}
+    with pytest.raises(KeyboardInterrupt):
+        run([table], out, interrupt, **options)
+    run([table], out, **options)
+    run([table], tmp_path / "whole", **options)
+    assert digests(out) == digests(tmp_path / "whole")
 
 
 def test_a_finished_shard_that_was_damaged_is_made_again(photos, tmp_path):
     run([photos], tmp_path / "out")
     before = digests(tmp_path / "out")
-    data = bytearray((tmp_path / "out/00002.tar").read_bytes())
-    data[700] ^= 1
-    (tmp_path / "out/00002.tar").write_bytes(data)
-    run([photos], tmp_path / "out")
-    assert digests(tmp_path / "out") == before
+    for name in ("00002.tar", "00003.idx"):
+        data = bytearray((tmp_path / "out" / name).read_bytes())
+        data[100] ^= 1
+        (tmp_path / "out" / name).write_bytes(data)
+        run([photos], tmp_path / "out")
+        assert digests(tmp_path / "out") == before
 
 
 def test_another_preparation_is_not_overwritten(photos, tmp_path):
@@ -231,14 +327,28 @@ def test_another_preparation_is_not_overwritten(photos, tmp_path):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"size": 4}, "size 4 is too small"),
-        ({"shard_size": 0}, "a shard of 0 samples"),
-        ({"shard_size": 10_001}, "a shard of 10001 samples"),
-        ({"holdout": 1.0}, "holdout 1.0 is not a share"),
-        ({"quality": 0}, "quality 0 is out of range"),
+        ({"size": 4}, "size 4 cannot be: give 8 or more pixels"),
+        ({"bucket_step": 17}, "bucket step 17 cannot be: give 1 to the size"),
+        ({"resize": "buckets", "bucket_step": 15, "max_aspect": 1.0}, "no bucket of about 16 x 16 pixels"),
+        ({"max_megapixels": 179.0}, "max megapixels 179.0 cannot be"),
+        ({"min_size": -1}, "min size -1 cannot be"),
+        ({"max_aspect": 0.5}, "max aspect 0.5 cannot be"),
+        ({"near_distance": 17}, "near distance 17 cannot be"),
+        ({"shard_size": 0}, "shard size 0 cannot be: give 1 to 10000"),
+        ({"shard_size": 10_001}, "shard size 10001 cannot be"),
+        ({"holdout": 1.0}, "holdout 1.0 cannot be"),
+        ({"quality": 0}, "quality 0 cannot be"),
+        ({"min_caption": 0}, "min caption 0 cannot be"),
+        ({"min_caption": 9, "max_caption": 8}, "max caption 8 cannot be"),
+        ({"timeout": 0.0}, "timeout 0.0 cannot be"),
+        ({"retries": -1}, "retries -1 cannot be"),
+        ({"max_bytes": 0}, "max bytes 0 cannot be"),
+        ({"per_host": 0}, "per host 0 cannot be"),
+        ({"formats": ("JPG",)}, r"no format is called 'JPG' \(did you mean 'JPEG'"),
+        ({"background": "wite"}, "background 'wite' is no colour"),
         ({"max_captions": {"foto": 2}}, r"no source is called 'foto' \(did you mean 'photos'"),
         ({"templates": ("a {",)}, "cannot be read"),
-        ({"limit_per_source": 0}, "limit 0"),
+        ({"limit_per_source": 0}, "limit per source 0"),
         ({"match": "["}, "is not a regular expression"),
     ],
 )
@@ -246,8 +356,3 @@ def test_options_that_cannot_work_are_refused(photos, tmp_path, options, message
     with pytest.raises(UserError, match=message):
         run([photos], tmp_path / "out", **options)
     assert not (tmp_path / "out").exists()
-
-
-def test_max_captions_must_be_numbers():
-    with pytest.raises(UserError, match="'photos:many' is not a number"):
-        per_source(["photos:many"])

@@ -31,7 +31,7 @@ def test_every_flag_reaches_the_shards(assets, tmp_path):
     assert sum(train.counts) + sum(val.counts) == 50
     assert max(train.counts) == 9
     about = train.describe(0, 0)
-    assert (about["width"], sorted(train.samples(0)[0].members)) == (32, ["jpg", "json", "txt"])
+    assert (about["width"], sorted(train.sample(0, 0).members)) == (32, ["jpg", "json", "txt"])
     assert all(len(train.describe(0, i)["captions"]) <= 2 for i in range(9))
     assert f"{sum(train.counts)} + {sum(val.counts)} samples" in done.stdout
     assert "'the {none}' made no caption" in done.stdout
@@ -80,4 +80,4 @@ def test_ended_and_run_again(assets, tmp_path, end):
         subprocess.run(command(assets, "--out", str(tmp_path / out), *flags), capture_output=True, check=True)
     one, two = ({p.name: sha256(p) for p in (tmp_path / out).iterdir()} for out in "ab")
     assert one == two
-    assert len(one) == 20 * 2 + 3
+    assert len(one) == 20 * 3 + 4  # tar, idx, stats; manifest, plan, two reports

@@ -2,6 +2,7 @@
 
 import json
 
+import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -106,9 +107,122 @@ def test_parquet_that_cannot_work_is_refused(tmp_path):
     (tmp_path / "x.parquet").write_bytes(b"no parquet")
     with pytest.raises(UserError, match="is not a whole parquet file"):
         read(tmp_path / "x.parquet")
-    pq.write_table(pa.table({"id": ["1"], "url": ["http://x"]}), tmp_path / "y.parquet")
-    with pytest.raises(UserError, match="has no column of image bytes, only id, url"):
+    pq.write_table(pa.table({"id": ["1"], "link": ["http://x"]}), tmp_path / "y.parquet")
+    with pytest.raises(UserError, match="has no column of image bytes, paths or URLs, only id, link"):
         read(tmp_path / "y.parquet")
+
+
+def test_a_folder_of_parquet_files_as_hugging_face_lays_them_out(tmp_path, picture):
+    """data/train-*.parquet, a struct column with bytes and a path, `text` for captions: one source, files in order."""
+    (tmp_path / "set/data").mkdir(parents=True)
+    for part in range(2):
+        rows = [{"image": {"bytes": picture(10 * part + n), "path": None}, "text": f"thing {n}"} for n in range(3)]
+        path = tmp_path / f"set/data/train-{part:05d}-of-00002.parquet"
+        pq.write_table(pa.Table.from_pylist(rows), path, row_group_size=2)
+    (source,) = open_sources([str(tmp_path / "set")])
+    assert (source.name, source.ids()[4]) == ("set", "train-00001-of-00002.parquet/000000001")
+    assert [raw.image for raw in source.read([0, 2, 3, 5])] == [picture(n) for n in (0, 2, 10, 12)]
+    pq.write_table(pa.table({"picture": [b""], "text": [""]}), tmp_path / "set/data/train-00002.parquet")
+    with pytest.raises(UserError, match="train-00002.parquet' has no column 'image', which .*train-00000"):
+        open_sources([str(tmp_path / "set")])
+
+
+def test_parquet_as_img2dataset_writes_it(tmp_path, picture):
+    """Rows of what could not be had are there, without a picture."""
+    rows = [
+        {
+            "url": "http://a",
+            "key": "00000",
+            "status": "success",
+            "caption": "a cat",
+            "original_width": 640,
+            "jpg": picture(0),
+        },
+        {
+            "url": "http://b",
+            "key": "00001",
+            "status": "failed",
+            "caption": "a dog",
+            "original_width": None,
+            "jpg": None,
+        },
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "00000.parquet")
+    found = read(tmp_path / "00000.parquet")
+    assert found["00000"].columns == {
+        "url": "http://a", "key": "00000", "status": "success", "original_width": 640, "captions": ["a cat"]
+    }  # fmt: skip
+    assert str(found["00001"]) == "no image bytes"
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "tsv", "parquet"])
+def test_a_list_of_paths(tmp_path, picture, kind):
+    """Relative ones start at the list's folder; those outside of it are the user's own to name."""
+    (tmp_path / "lists").mkdir()
+    (tmp_path / "lists/a.png").write_bytes(picture(0))
+    (tmp_path / "b.png").write_bytes(picture(1))
+    rows = [
+        {"path": "a.png", "text": "a cat"},
+        {"path": str(tmp_path / "b.png"), "text": "a dog"},
+        {"path": "c", "text": ""},
+    ]
+    path = tmp_path / f"lists/x.{kind}"
+    if kind == "parquet":
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    elif kind == "jsonl":
+        path.write_text("\n".join(map(json.dumps, rows)))
+    else:
+        sign = "," if kind == "csv" else "\t"
+        path.write_text("".join(sign.join(row) + "\n" for row in [rows[0].keys(), *(row.values() for row in rows)]))
+    (source,) = open_sources([str(path)])
+    one, two, three = source.read([0, 1, 2])
+    assert (source.name, len(source.ids())) == ("x", 3)
+    assert one == Raw(picture(0), {"path": "a.png", "text": "a cat", "captions": ["a cat"]})
+    assert two.image == picture(1)
+    assert str(three) == "cannot read: No such file or directory"
+
+
+@pytest.mark.parametrize(
+    "name, text, message",
+    [
+        ("x.jsonl", "", "list .* is empty"),
+        ("x.jsonl", "{", "cannot be read"),
+        ("x.jsonl", "[1]", "entry 1 is not a row of named columns"),
+        ("x.jsonl", '{"link": "a"}', r"has no column of paths or URLs \(.*only \['link'\]"),
+        ("x.jsonl", '{"url": "a"}\n{"text": "b"}', "has no url in entry 2"),
+        ("x.csv", "url,text\na,b,c\n", "entry 1 is not a row of named columns"),
+    ],
+)
+def test_lists_that_cannot_work_are_refused(tmp_path, name, text, message):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(UserError, match=message):
+        open_sources([str(tmp_path / name)])
+
+
+def test_a_protocol_that_is_unknown_is_refused():
+    with pytest.raises(UserError, match="cannot open 'nosuch://x/y': Protocol not known: nosuch"):
+        open_sources(["nosuch://x/y"])
+
+
+@pytest.mark.parametrize("kind", ["folder", "parquet", "list"])
+def test_any_file_system_that_fsspec_knows(tmp_path, picture, kind):
+    """Its memory file system stands for all."""
+    memory = fsspec.filesystem("memory")
+    memory.pipe({"/in/a.png": picture(0), "/in/a.txt": b"a cat", "/in/deep/b.png": picture(1)})
+    if kind == "parquet":
+        with memory.open("/x.parquet", "wb") as file:
+            pq.write_table(pa.table({"id": ["1", "2"], "image": [picture(0), picture(1)], "text": ["a cat", ""]}), file)
+    memory.pipe("/in/x.jsonl", b'{"path": "a.png", "text": "a cat"}\n{"path": "memory://in/deep/b.png"}')
+    try:
+        path = {"folder": "memory://in", "parquet": "memory://x.parquet", "list": "memory://in/x.jsonl"}[kind]
+        (source,) = open_sources([path])
+        one, two = source.read([0, 1])
+        assert (one.image, one.columns["captions"], two.image) == (picture(0), ["a cat"], picture(1))
+        assert not source.random and source.stamp()
+        with pytest.raises(UserError, match="'memory://nowhere' is not there"):
+            open_sources(["memory://nowhere"])
+    finally:
+        memory.rm("/", recursive=True)
 
 
 def test_damaged_parquet_is_named(tmp_path, picture):

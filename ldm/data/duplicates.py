@@ -1,0 +1,78 @@
+"""Which pictures are there twice: by their bytes, or by their looks. Of each kind the first in source order stays.
+
+Looks are a perceptual hash (the signs of 64 low DCT frequencies of the brightness, Zauner 2010) and the mean colours of
+the four quarters, which the hash does not see: a red heart is no duplicate of a blue one. The decision is a pure
+function of all the pictures' prints in source order, so that no split of the work changes it.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from ldm.data.order import Ints
+
+SIDE = 64  # pixels that are enough to tell looks by
+_COLOURS_APART = 24  # of 255: quarters that differ more are other pictures
+_BITS = 64
+_ROWS = 512  # of pairs compared at a time
+
+
+def look(image: Image.Image) -> tuple[int, bytes]:
+    """The perceptual hash and the colours of an RGB picture."""
+    from imagehash import phash
+
+    small = image.resize((SIDE, SIDE), Image.Resampling.BOX, reducing_gap=2.0)
+    bits = np.packbits(phash(small).hash)
+    return int.from_bytes(bits.tobytes(), "big"), small.resize((2, 2), Image.Resampling.BOX).tobytes()
+
+
+def digest(data: bytes) -> bytes:
+    """What tells the bytes of a picture."""
+    return hashlib.sha256(data).digest()
+
+
+def same_bytes(digests: NDArray[Any]) -> Ints:
+    """For each picture, in order, the first with the same digest: its own number where it is that one."""
+    _, first, which = np.unique(digests, return_index=True, return_inverse=True)
+    return first[which].astype(np.int64)
+
+
+def alike(hashes: NDArray[np.uint64], colours: NDArray[np.uint8], distance: int) -> Ints:
+    """For each picture, in order, the first earlier one that stays and looks alike, or its own number: it stays.
+
+    Hashes at most `distance` bits apart agree on one of distance + 1 bands whole, so that only those of one band are
+    compared. Those that look quite the same are one to begin with, so that a million blank pages cost nothing.
+    """
+    prints = np.concatenate([hashes[:, None].view(np.uint8).reshape(len(hashes), 8), colours], axis=1)
+    _, first, which = np.unique(prints, axis=0, return_index=True, return_inverse=True)
+    kept = np.sort(first)
+    near: dict[int, int] = {}
+    for later, earlier in _pairs(hashes[kept], colours[kept].astype(np.int16), distance):
+        if earlier not in near:
+            near.setdefault(later, earlier)
+    stays = np.arange(len(kept))
+    stays[list(near)] = list(near.values())
+    return kept[stays[np.searchsorted(kept, first[which.reshape(-1)])]]
+
+
+def _pairs(hashes: NDArray[np.uint64], colours: NDArray[np.int16], distance: int) -> Sequence[tuple[int, int]]:
+    """All (later, earlier) that look alike, in rising order."""
+    edges = np.linspace(0, _BITS, distance + 2).astype(int)
+    found = [np.empty((0, 2), np.int64)]
+    for low, high in zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True):
+        band = (hashes >> np.uint64(low)) & np.uint64(2 ** (high - low) - 1)
+        order = np.argsort(band, kind="stable")
+        ends = np.flatnonzero(np.diff(band[order])) + 1
+        for group in np.split(order, ends):
+            for start in range(0, len(group) if len(group) > 1 else 0, _ROWS):
+                some = group[start : start + _ROWS]
+                bits = np.bitwise_count(hashes[some][:, None] ^ hashes[group][None])
+                later, earlier = np.nonzero((bits <= distance) & (some[:, None] > group[None]))
+                pairs = np.stack([some[later], group[earlier]], 1)
+                apart = np.abs(colours[pairs[:, 0]] - colours[pairs[:, 1]]).max(1, initial=0)
+                found.append(pairs[apart <= _COLOURS_APART])
+    return [(later, earlier) for later, earlier in np.unique(np.concatenate(found), axis=0).tolist()]

@@ -1,0 +1,181 @@
+"""What a preparation is told: settings, each a flag of scripts/prepare_data.py, and the check that they can work."""
+
+import argparse
+import dataclasses
+import re
+import typing
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from ldm.data.buckets import bucket_list
+from ldm.data.captions import read_templates
+from ldm.data.images import READABLE
+from ldm.errors import UserError, nearest
+
+
+def _option(default: Any, help: str, **more: Any) -> Any:
+    return dataclasses.field(default=default, metadata={"help": help, **more})
+
+
+@dataclass(frozen=True)
+class PrepareConfig:
+    """What to make of the sources. `workers`, `engine` and what concerns downloads change no byte of the outcome."""
+
+    out: str = _option(dataclasses.MISSING, "folder for the shards, manifest.json, report.json and report.html")
+    # Pictures: which, and what becomes of them
+    size: int = _option(128, "pixels of the shorter side; of the side of a square of the buckets' area (128)")
+    resize: Literal["shorter", "square", "buckets", "none"] = _option(
+        "shorter",
+        "shorter side to SIZE; centre square of SIZE; nearest aspect-ratio bucket of SIZE x SIZE pixels, as SDXL has "
+        "them; none (shorter)",
+    )
+    bucket_step: int | None = _option(None, "sides of buckets are multiples of this (SIZE / 16, at least 8)")
+    formats: tuple[str, ...] = _option(
+        ("PNG", "JPEG", "WEBP"),
+        f"formats that are read, of {','.join(READABLE)} (PNG,JPEG,WEBP)",
+        type=lambda text: tuple(text.upper().split(",")),
+    )
+    max_megapixels: float = _option(89.0, "a picture of more is refused before it is decoded (89)")
+    min_size: int = _option(0, "least pixels of the shorter side of a picture as it was found (0)")
+    max_aspect: float = _option(4.0, "most that a picture may be longer than it is wide, or wider than long (4)")
+    duplicates: Literal["keep", "exact", "near"] = _option(
+        "keep", "of pictures with the same bytes, or that also look alike, the first alone is kept (keep: all)"
+    )
+    near_distance: int = _option(4, "bits of 64 by which perceptual hashes of near duplicates may differ (4)")
+    background: str = _option("white", "colour under transparent pixels: a name or #rrggbb (white)")
+    format: Literal["webp", "jpg", "png"] | None = _option(None, "write this (keep bytes that fit, else webp)")
+    quality: int = _option(90, "of webp and jpg (90)")
+    # Captions
+    templates: tuple[str, ...] = _option(
+        (), 'a caption made of columns, such as "a {colour} {name}"; may be repeated',
+        flag="--caption-template", metavar="[SOURCE:]TEXT", action="append",
+    )  # fmt: skip
+    max_captions: dict[str, int] = dataclasses.field(
+        default_factory=dict,
+        metadata={
+            "help": "keep the first N captions of a picture, beside those from templates; may be repeated",
+            "metavar": "[SOURCE:]N",
+            "action": "append",
+        },
+    )
+    min_caption: int = _option(1, "shorter captions, in characters, are left out (1)")
+    max_caption: int = _option(2000, "longer captions, in characters, are left out (2000)")
+    raw_captions: bool = _option(False, "leave HTML and Unicode in captions as they are (cleaned)")
+    match: str = _option("", "keep pictures with a caption that has this regular expression")
+    # Shards
+    shard_size: int = _option(2000, "most samples in a shard (2000)")
+    holdout: float = _option(0.0, "share kept for validation in OUT/val (0)")
+    limit_per_source: int | None = _option(None, "at most N pictures of each source", metavar="N")
+    order: Literal["mixed", "source"] = _option("mixed", "shuffled over all sources, or as they lie in them (mixed)")
+    # Work
+    engine: Literal["local", "ray"] = _option("local", "processes here, or a Ray cluster: docs/data.md (local)")
+    workers: int = _option(0, "processes of the local engine (all cores)")
+    timeout: float = _option(20.0, "seconds for one download (20)")
+    retries: int = _option(3, "further tries of a download that failed (3)")
+    max_bytes: int = _option(50_000_000, "longest download in bytes (50000000)")
+    per_host: int = _option(8, "connections to one host at a time (8)")
+
+    def outcome(self) -> dict[str, Any]:
+        """The options that the bytes of the shards follow from."""
+        free = ("out", "engine", "workers", "timeout", "retries", "max_bytes", "per_host")
+        return {name: value for name, value in dataclasses.asdict(self).items() if name not in free}
+
+    def buckets(self) -> list[tuple[int, int]]:
+        """The (width, height) of the buckets, none where there are none."""
+        return bucket_list(self.size, self.bucket_step, self.max_aspect) if self.resize == "buckets" else []
+
+
+def check(config: PrepareConfig) -> None:
+    """UserError for settings that cannot work, whatever the sources."""
+    from PIL import ImageColor
+
+    least: dict[str, Callable[[Any], bool]] = {
+        "size": lambda v: v >= 8,
+        "bucket_step": lambda v: v is None or 1 <= v <= config.size,
+        "max_megapixels": lambda v: 0 < v <= 178,
+        "min_size": lambda v: v >= 0,
+        "max_aspect": lambda v: v >= 1,
+        "near_distance": lambda v: 0 <= v <= 16,
+        "quality": lambda v: 1 <= v <= 100,
+        "min_caption": lambda v: v >= 1,
+        "max_caption": lambda v: v >= config.min_caption,
+        "shard_size": lambda v: 1 <= v <= 10_000,
+        "holdout": lambda v: 0 <= v < 1,
+        "limit_per_source": lambda v: v is None or v >= 1,
+        "timeout": lambda v: v > 0,
+        "retries": lambda v: v >= 0,
+        "max_bytes": lambda v: v >= 1,
+        "per_host": lambda v: v >= 1,
+    }
+    ranges = {
+        "size": "8 or more pixels", "bucket_step": "1 to the size", "near_distance": "0 to 16", "quality": "1 to 100",
+        "max_caption": "at least the shortest", "shard_size": "1 to 10000", "holdout": "0 to less than 1, such as 0.02",
+        "max_megapixels": "more than 0 and at most 178, where Pillow stops", "min_size": "0 or more",
+        "timeout": "more than 0", "retries": "0 or more",
+    }  # fmt: skip
+    for name, holds in least.items():
+        if not holds(getattr(config, name)):
+            value = getattr(config, name)
+            raise UserError(f"{name.replace('_', ' ')} {value} cannot be: give {ranges.get(name, '1 or more')}")
+    for name in config.formats:
+        if name not in READABLE:
+            raise UserError(f"no format is called {name!r}{nearest(name, list(READABLE))}: {', '.join(READABLE)}")
+    try:
+        re.compile(config.match)
+    except re.error as error:
+        raise UserError(f"match {config.match!r} is not a regular expression: {error}") from None
+    try:
+        ImageColor.getcolor(config.background, "RGB")
+    except ValueError:
+        raise UserError(f"background {config.background!r} is no colour: give a name or #rrggbb") from None
+    config.buckets()
+
+
+def check_names(config: PrepareConfig, names: Sequence[str]) -> None:
+    """UserError for settings that name sources which are not among these."""
+    for name in config.max_captions:
+        if name and name not in names:
+            raise UserError(f"no source is called {name!r}{nearest(name, list(names))}")
+    read_templates(config.templates, names)
+
+
+def add_flags(parser: argparse.ArgumentParser, **defaults: Any) -> None:
+    """A flag for every setting; `defaults` take the place of those of the dataclass."""
+    hints = typing.get_type_hints(PrepareConfig)
+    for field in dataclasses.fields(PrepareConfig):
+        about: dict[str, Any] = dict(field.metadata)
+        flag = about.pop("flag", "--" + field.name.replace("_", "-"))
+        kinds = [kind for kind in typing.get_args(hints[field.name]) if kind is not type(None)]
+        if hints[field.name] is bool:
+            about["action"] = "store_true"
+        elif typing.get_origin(hints[field.name]) is Literal:
+            about["choices"] = kinds
+        elif kinds and typing.get_origin(kinds[0]) is Literal:  # or None
+            about["choices"] = typing.get_args(kinds[0])
+        elif not {"action", "type"} & set(about):
+            about["type"] = kinds[0] if kinds else hints[field.name]
+        if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+            about["required"] = True
+        elif about.get("action") == "append":
+            about["default"] = []  # argparse appends to it
+        else:
+            about["default"] = defaults.get(field.name, field.default)
+        parser.add_argument(flag, dest=field.name, **about)
+
+
+def from_flags(given: dict[str, Any]) -> PrepareConfig:
+    """The settings that a command line asks for."""
+    listed = {"templates": tuple(given["templates"]), "max_captions": per_source(given["max_captions"])}
+    return PrepareConfig(**{**given, **listed})
+
+
+def per_source(texts: Sequence[str]) -> dict[str, int]:
+    """`["3", "renders:2"]` as {"": 3, "renders": 2}. UserError for what is not a whole number from 0."""
+    numbers = {}
+    for text in texts:
+        name, _, number = text.rpartition(":")
+        if not number.isdecimal():
+            raise UserError(f"{text!r} is not a number: give N or SOURCE:N, such as 3")
+        numbers[name] = int(number)
+    return numbers

@@ -1,0 +1,196 @@
+"""What is done to one picture with its captions before it is written: a list of named steps.
+
+A stage is a pure function, record -> record. It raises Dropped for a record that is left out; what it changed it adds
+to the notes. Both are counted.
+"""
+
+import collections
+import io
+import re
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+from PIL import Image
+
+from ldm.data.buckets import cover, nearest_bucket
+from ldm.data.captions import clean, own_captions, plain, read_templates
+from ldm.data.images import finish, has_alpha, other_colours, start
+from ldm.data.options import PrepareConfig
+from ldm.errors import UserError
+
+SUFFIX = {"WEBP": "webp", "JPEG": "jpg", "PNG": "png"}
+_ORIENTATION = 0x0112
+_SHARPER = 2  # a JPEG that is shrunk is decoded at least this much larger than it will be
+
+
+class Dropped(ValueError):
+    """Why a record is left out: reasons are counted, details go with the examples."""
+
+    def __init__(self, reason: str, detail: str = "") -> None:
+        super().__init__(f"{reason}: {detail}" if detail else reason)
+        self.reason = reason
+
+
+class Record(NamedTuple):
+    """A picture on its way. `image` has its header read after the stage "open", its pixels after "decode"."""
+
+    source: str
+    id: str
+    data: bytes
+    columns: Mapping[str, Any]
+    place: tuple[int, int]  # number of the source, row
+    captions: tuple[str, ...] = ()
+    made_by: tuple[str, ...] = ()  # templates that gave a caption
+    image: Image.Image | None = None
+    suffix: str = ""
+    sizes: Mapping[str, int] = MappingProxyType({})  # SDXL's size and crop values, as Entry names them
+    bucket: str = ""
+    notes: tuple[str, ...] = ()
+
+    @property
+    def pixels(self) -> Image.Image:
+        assert self.image is not None, "the stage 'open' comes first"
+        return self.image
+
+    def noted(self, *notes: str, **changes: Any) -> "Record":
+        return self._replace(notes=(*self.notes, *notes), **changes)
+
+
+Stage = Callable[[Record], Record]
+
+
+def run(stages: Mapping[str, Stage], record: Record, seen: collections.Counter[str]) -> tuple[Record, Dropped | None]:
+    """The record as the stages leave it, and why one of them dropped it. `seen` counts what each stage was given."""
+    for name, stage in stages.items():
+        seen[name] += 1
+        try:
+            record = stage(record)
+        except Dropped as dropped:
+            return record, dropped
+    return record, None
+
+
+def choosing(config: PrepareConfig, names: Sequence[str]) -> dict[str, Stage]:
+    """The stages that choose by captions and headers alone."""
+    templates = read_templates(config.templates, names)
+    tidy = clean if config.raw_captions else plain
+
+    def captions(record: Record) -> Record:
+        limit = config.max_captions.get(record.source, config.max_captions.get(""))
+        own = own_captions(record.columns, None, tidy)
+        fit = [text for text in own if config.min_caption <= len(text) <= config.max_caption]
+        made = {t.given: t.fill(record.columns) for t in templates if t.source in ("", record.source)}
+        texts = tuple(dict.fromkeys([*fit[:limit], *filter(None, made.values())]))
+        if not texts:
+            raise Dropped("no caption" if not own else "no caption of an allowed length")
+        changed = not config.raw_captions and own != own_captions(record.columns, None)
+        notes = [*["captions cleaned"] * changed, *["captions left out for their length"] * (len(fit) < len(own))]
+        return record.noted(*notes, captions=texts, made_by=tuple(given for given, text in made.items() if text))
+
+    def match(record: Record) -> Record:
+        if not any(re.search(config.match, text) for text in record.captions):
+            raise Dropped("no caption that matches")
+        return record
+
+    def open_(record: Record) -> Record:
+        try:
+            image = start(record.data, config.formats)
+        except ValueError as error:
+            raise _dropped(error) from None
+        if image.width * image.height > config.max_megapixels * 1e6:
+            raise Dropped(f"more than {config.max_megapixels:g} megapixels", f"{image.width} x {image.height}")
+        turned = "exif" in image.info and image.getexif().get(_ORIENTATION, 1) >= 5  # it lies on its side
+        width, height = image.size[::-1] if turned else image.size
+        known = [record.columns.get(name) for name in ("original_width", "original_height")]
+        if all(isinstance(side, int) and side > 0 for side in known):  # before an earlier preparation
+            sizes = {"original_width": known[0], "original_height": known[1]}
+        else:
+            sizes = {"original_width": width, "original_height": height}
+        return record._replace(image=image, sizes={**sizes, "width": width, "height": height})
+
+    def limits(record: Record) -> Record:
+        width, height = record.pixels.size
+        if min(width, height) < config.min_size:
+            raise Dropped(f"smaller than {config.min_size}", f"{width} x {height}")
+        if max(width, height) > config.max_aspect * min(width, height):
+            raise Dropped(f"longer than {config.max_aspect:g}:1", f"{width} x {height}")
+        return record
+
+    return {"captions": captions, **({"match": match} if config.match else {}), "open": open_, "limits": limits}
+
+
+def making(config: PrepareConfig) -> dict[str, Stage]:
+    """The stages that make the picture that is written, out of one that was chosen."""
+    buckets = config.buckets()
+
+    def fit(record: Record) -> Record:
+        size = record.sizes["width"], record.sizes["height"]
+        scaled = target = size
+        left = top = 0
+        if config.resize == "shorter":
+            scale = config.size / min(size)
+            scaled = target = max(config.size, round(size[0] * scale)), max(config.size, round(size[1] * scale))
+        elif config.resize != "none":
+            target = nearest_bucket(size, buckets) if buckets else (config.size, config.size)
+            scaled, (left, top) = cover(size, target)
+        found = record.pixels
+        plain = found.format in SUFFIX and not (has_alpha(found) or "exif" in found.info or other_colours(found))
+        notes = [
+            *["turned upright"] * (found.size != size),
+            *["alpha laid on the background"] * has_alpha(found),
+            *["colours brought to sRGB"] * other_colours(found),
+        ]
+        image = _decoded(record, config, scaled)
+        if scaled != size:
+            notes.append("enlarged" if scaled[0] > size[0] else "shrunk")
+            image = image.resize(scaled, Image.Resampling.LANCZOS, reducing_gap=3.0)
+        if target != scaled:
+            notes.append("cropped")
+            image = image.crop((left, top, left + target[0], top + target[1]))
+        sizes = {**record.sizes, "crop_top": top, "crop_left": left, "width": target[0], "height": target[1]}
+        as_it_is = plain and target == size and config.format is None
+        return record.noted(
+            *notes,
+            image=image,
+            sizes=sizes,
+            bucket=f"{target[0]}x{target[1]}" if buckets else "",
+            suffix=SUFFIX[str(found.format)] if as_it_is else "",
+        )
+
+    def encode(record: Record) -> Record:
+        if record.suffix:
+            return record.noted("bytes kept")
+        suffix, target = config.format or "webp", io.BytesIO()
+        kind = next(name for name, s in SUFFIX.items() if s == suffix)
+        record.pixels.save(target, kind, quality=config.quality)
+        return record.noted("encoded", data=target.getvalue(), suffix=suffix)
+
+    return {"decode and fit": fit, "encode": encode}
+
+
+def small(record: Record, config: PrepareConfig, side: int) -> Image.Image:
+    """The picture of a record that was chosen, decoded, for a look: at least `side` pixels each way if it has them."""
+    return _decoded(record, config, (side, side))
+
+
+def _decoded(record: Record, config: PrepareConfig, least: tuple[int, int]) -> Image.Image:
+    """RGB pixels, of a JPEG at the least scale that is still `_SHARPER` times the size that is needed."""
+    image = record.pixels
+    width, height = _SHARPER * least[0], _SHARPER * least[1]
+    lies = image.size != (record.sizes["width"], record.sizes["height"])
+    image.draft(None, (height, width) if lies else (width, height))  # for other formats it does nothing
+    try:
+        return finish(image, config.background)
+    except ValueError as error:
+        raise _dropped(error) from None
+
+
+def _dropped(error: ValueError) -> Dropped:
+    reason, _, detail = str(error).partition(": ")
+    return Dropped(reason, detail)
+
+
+def unreadable(error: UserError) -> Dropped:
+    """The reason of a picture that a source could not give."""
+    return _dropped(error)
