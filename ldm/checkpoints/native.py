@@ -35,7 +35,7 @@ SCALE = ".int8_scale"
 EXTRA = "extra."  # tensors of other layouts that a conversion keeps and no network reads
 # No published model comes near these; beyond them a spec of a few bytes could ask for hours or for all the memory.
 MAX_WIDTH, MAX_LEVELS = 2**17, 64
-MAY_BE_ZERO = {"depth", "mid_depth", "vector_dim", "mlp", "projection", "size_ids", "id_width"}
+MAY_BE_ZERO = {"codebook", "depth", "mid_depth", "vector_dim", "mlp", "projection", "size_ids", "id_width"}
 LIMITS = dict.fromkeys(("layers", "layer", "depth", "mid_depth", "res_blocks"), 128) | {
     "context_length": 2048,
     "patch": 64,

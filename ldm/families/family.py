@@ -104,6 +104,8 @@ def shown_layers(config: TextConfig) -> int:
 def _parts(model: Model) -> tuple[Any, Autoencoder, Any]:
     if model.backbone is None or model.conditioner is None or not isinstance(model.autoencoder, Autoencoder):
         raise UserError("this file holds an autoencoder alone: give a whole model")
+    if model.autoencoder.config.codebook:
+        raise UserError("this model's autoencoder has a codebook, which no other layout has words for")
     return model.backbone, model.autoencoder, model.conditioner
 
 

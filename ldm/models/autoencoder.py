@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from ldm.models.attention import Attention
@@ -26,6 +26,7 @@ class AutoencoderConfig:
     channels: one width a level from the finest down, each level but the last halves h and w. decoder_channels: the
     decoder's, where they differ. quant_convs: whether 1 x 1 convolutions stand on both sides of the latent. patch: the
     finest level sees patch x patch pixels as one, which saves most of the work (LTX-Video, arXiv:2501.00103); SD has 1.
+    codebook: how many codes the decoder rounds latents to (VQGAN, arXiv:2012.09841), 0 for none.
     mean, std: of each latent channel (one value serves all), measured on data after training; SD states only a scale:
     std = 1 / 0.18215.
     """
@@ -37,6 +38,7 @@ class AutoencoderConfig:
     mid_attention: bool = True
     quant_convs: bool = True
     patch: int = 1
+    codebook: int = 0
     groups: int = 32
     mean: tuple[float, ...] = (0.0,)
     std: tuple[float, ...] = (1.0,)
@@ -70,9 +72,33 @@ class Gaussian(NamedTuple):
         """mean + deviation * noise, noise being standard normal."""
         return self.mean + torch.exp(0.5 * self.logvar) * noise
 
-    def kl(self) -> Float[Tensor, " b"]:
-        """Divergence from the standard normal in nats, summed over c, h, w (Kingma & Welling 2014, App. B)."""
-        return 0.5 * (self.mean**2 + self.logvar.exp() - 1 - self.logvar).sum(dim=(1, 2, 3))
+    def kl(self, free: float = 0.0) -> Float[Tensor, " b"]:
+        """Divergence from the standard normal in nats, summed over c, h, w (Kingma & Welling 2014, App. B).
+
+        free: what each channel's mean counts as at least (Kingma et al. 2016, Eq. 15).
+        """
+        nats = 0.5 * (self.mean**2 + self.logvar.exp() - 1 - self.logvar)
+        return nats.mean((2, 3)).clamp(min=free).sum(1) * nats[0, 0].numel()
+
+
+class Codebook(nn.Module):
+    """Rounds a latent cell to the nearest of n vectors (van den Oord et al. 2017); gradients pass as if it did not."""
+
+    def __init__(self, n: int, width: int) -> None:
+        super().__init__()
+        self.codes = nn.Parameter(torch.empty(n, width).uniform_(-1 / n, 1 / n))
+
+    def ids(self, z: Latent) -> Int[Tensor, "b h w"]:
+        """The number of the code nearest to each cell."""
+        cells, codes = rearrange(z, "b c h w -> b h w c").float(), self.codes.float()
+        return (codes.square().sum(1) - 2 * cells @ codes.T).argmin(-1)
+
+    def nearest(self, z: Latent) -> Latent:
+        """The codes themselves; their gradient is the codebook's."""
+        return rearrange(self.codes[self.ids(z)], "b h w c -> b c h w")
+
+    def forward(self, z: Latent) -> Latent:
+        return z + (self.nearest(z).to(z.dtype) - z).detach()
 
 
 class SelfAttention(nn.Module):
@@ -152,6 +178,7 @@ class Decoder(nn.Module):
         super().__init__()
         widths = (config.decoder_channels or config.channels)[::-1]
         last = len(widths) - 1
+        self.codebook = Codebook(config.codebook, config.z_channels) if config.codebook else None
         self.expand = nn.Conv2d(config.z_channels, config.z_channels, 1) if config.quant_convs else nn.Identity()
         self.conv_in = nn.Conv2d(config.z_channels, widths[0], 3, padding=1)
         self.mid = Middle(widths[0], config)
@@ -168,6 +195,7 @@ class Decoder(nn.Module):
         self.patch = config.patch
 
     def forward(self, z: Features) -> Image:
+        z = z if self.codebook is None else self.codebook(z)
         h = self.mid(self.conv_in(self.expand(z)))
         for stage in self.up:
             h = stage(h)
@@ -202,13 +230,19 @@ class Autoencoder(nn.Module):
     def encode(self, image: Image) -> Gaussian:
         """image: (b, 3, H, W) in [-1, 1], H and W multiples of `factor`."""
         mean, logvar = self.encoder(image).chunk(2, dim=1)
+        if self.config.codebook:  # a point, that the decoder rounds
+            logvar = torch.full_like(logvar, -30)
         shift, scale = self._statistics(mean)
         return Gaussian((mean - shift) / scale, logvar.clamp(-30, 20) - 2 * scale.log())
 
     def decode(self, latent: Latent) -> Image:
         """latent: (b, z, h, w), normalised. The image is not clamped."""
+        return self.decoder(self.raw(latent))
+
+    def raw(self, latent: Latent) -> Latent:
+        """A normalised latent in the decoder's own scale."""
         shift, scale = self._statistics(latent)
-        return self.decoder(latent * scale + shift)
+        return latent * scale + shift
 
 
 def normalised(config: AutoencoderConfig) -> bool:

@@ -57,8 +57,10 @@ class RunConfig:
     """One step is one optimiser update over `batch_size` samples, whatever the number of processes.
 
     `*_every` are in steps, 0 for the end only; keep: checkpoints that stay, besides those at multiples of keep_every (0
-    for none); validate_on: held-back images; max_skipped: steps in a row that may be left out because something is not
-    finite, before the run stops; timeout: seconds that processes wait for each other; trackers: of accelerate.
+    for none); validate_on: held-back images; recompute: gradient checkpointing, less memory for more time; max_skipped:
+    steps in a row that may be left out because something is not finite, before the run stops; timeout: seconds that
+    processes wait for each other; trackers: of accelerate. precision: fp32 is fp32, tf32 lets a GPU's matrices be less
+    exact; auto is bf16 where a GPU has it, else tf32.
     """
 
     steps: int
@@ -75,6 +77,7 @@ class RunConfig:
     log_every: int = 50
     channels_last: bool = False
     compile: bool = False
+    recompute: bool = False
     max_skipped: int = 10
     timeout: int = 600
     trackers: tuple[str, ...] = ("tensorboard",)
@@ -85,17 +88,25 @@ class RunConfig:
 class AutoencoderLoss:
     """pixel + lpips * LPIPS + kl * KL + adversarial * lambda * GAN; a weight of 0 switches a term off.
 
-    kl: of nats per image value, so that the 1e-6 of CompVis' configs is 1e-6 here. lpips_weights: a file, see
-    `make weights`. adversarial_start: the first step with the discriminator. adaptive: lambda of VQGAN's Eq. 7, else 1.
+    kl: of nats per image value, so that the 1e-6 of CompVis' configs is 1e-6 here. free_bits: nats a latent value, the
+    mean over a channel of a sample, below which the KL costs nothing (Kingma et al. 2016). commit: of the encoder's
+    distance to the codes of a codebook. lpips_weights, fid_weights: files, see `make weights`; with the latter rFID is
+    measured. adversarial_start: the first step with the discriminator. adaptive: lambda of VQGAN's Eq. 7, else 1; it
+    is that of the step before, so that it is one number however the batch is split. r1: of the discriminator's squared
+    gradient at real pictures (Mescheder et al. 2018).
     """
 
     pixel: Literal["l1", "l2"] = "l1"
     kl: float = 1e-6
+    free_bits: float = 0.0
+    commit: float = 0.25
     lpips: float = 1.0
     lpips_weights: str = "weights/lpips_vgg.safetensors"
     adversarial: float = 0.5
     adversarial_start: int = 0
     adaptive: bool = True
+    r1: float = 0.0
+    fid_weights: str = ""
 
 
 @dataclass(frozen=True)
@@ -162,9 +173,12 @@ class Samples:
 
 @dataclass(frozen=True)
 class LdmRun:
-    """scripts/train_ldm.py. autoencoder: a model file, or `embedded` for the one inside the package.
+    """scripts/train_ldm.py.
 
-    weights: a model file whose UNet the training starts from, empty for fresh weights (`text.weights`: the tower's).
+    weights: a whole model of any layout to start from, Stable Diffusion's folder or file, say; empty for fresh weights.
+    Its UNet, text tower, autoencoder, prediction, schedule and defaults are then those of the run where the config
+    leaves them at what they are here. autoencoder: a file with another one, or `embedded` for the one in the package,
+    which also serves where nothing is said. text.weights: a file with another tower.
     freeze: names of parameters that stay as they are, such as `[down.*, text.*]`. cache: a folder for latents that are
     encoded once and then reused; empty: encode every batch. defaults: how pictures are sampled, also by whoever uses
     the model without saying how.
@@ -172,12 +186,12 @@ class LdmRun:
 
     run: RunConfig
     data: DataConfig
-    autoencoder: str = "embedded"
+    autoencoder: str = ""
     backbone: UNetConfig = UNetConfig()
     weights: str = ""
     freeze: tuple[str, ...] = ()
     text: TextRun = TextRun()
-    prediction: Literal["eps", "v", "x0", "flow", "edm"] = "eps"
+    prediction: Literal["", "eps", "v", "x0", "flow", "edm"] = ""  # nowhere said: eps
     schedule: ScheduleConfig = ScheduleConfig()
     loss: DenoisingLoss = DenoisingLoss()
     optim: OptimConfig = OptimConfig()

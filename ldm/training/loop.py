@@ -43,6 +43,7 @@ class Task(Protocol):
     def to(self, device: torch.device) -> None: ...
     def objectives(self) -> list[Objective]: ...
     def validate(self) -> dict[str, float]: ...
+    def remarks(self, record: Mapping[str, float]) -> list[str]: ...  # on a line of the log, for the person
     def sample(self) -> tuple[Image, int]: ...  # pictures, and how many stand in a row
     def export(self, path: Path, provenance: dict[str, Any]) -> None: ...
 
@@ -195,6 +196,8 @@ def train(task: Task, config: VaeRun | LdmRun, path: Path) -> Outcome:
             if due(run.log_every):
                 record = meter.read(accelerator) | guard.read() | {"lr": lr} | clock.read() | memory(device)
                 bar.show(facts(record))
+                for remark in task.remarks(record):
+                    bar.say(remark)
             with clock.paused():
                 if due(run.validate_every) or due(run.sample_every) or due(run.export_every):
                     record |= evaluate()

@@ -6,7 +6,7 @@ from torch import nn
 
 from ldm.config import from_dict
 from ldm.errors import UserError
-from ldm.models.discriminator import DiscriminatorConfig, PatchDiscriminator, adaptive_weight, hinge_d, hinge_g
+from ldm.models.discriminator import DiscriminatorConfig, PatchDiscriminator, adaptive_weight, hinge_d, hinge_g, r1
 
 
 @pytest.mark.parametrize(("layers", "patch"), [(2, 34), (3, 70)])
@@ -40,7 +40,7 @@ def test_bad_settings() -> None:
         DiscriminatorConfig(channels=24)
     with pytest.raises(UserError, match="1 or more"):
         DiscriminatorConfig(layers=0)
-    with pytest.raises(UserError, match="choose one of group, none"):
+    with pytest.raises(UserError, match="choose one of group, spectral, none"):
         from_dict(DiscriminatorConfig, {"norm": "batch"})
 
 
@@ -51,14 +51,32 @@ def test_hinge() -> None:
 
 
 def test_adaptive_weight_equalises_the_gradients() -> None:
-    layer = nn.Parameter(torch.tensor([3.0, 4.0]))
-    rec, gan = 10 * layer.square().sum(), layer.square().sum()
-    weight = adaptive_weight(rec, gan, layer)
-    assert weight.item() == pytest.approx(10, rel=1e-5) and not weight.requires_grad
-    assert adaptive_weight(rec, gan * 0, layer).item() == 1e4
-    assert adaptive_weight(rec, gan, layer, limit=2.0).item() == 2
-    (rec + weight * gan).backward()  # both graphs are still there
-    assert layer.grad is not None
+    gan = torch.tensor([3.0, 4.0])
+    assert adaptive_weight(10 * gan, gan).item() == pytest.approx(10, rel=1e-5)
+    assert adaptive_weight(gan, gan * 1e-9).item() == 1e4
+    assert adaptive_weight(10 * gan, gan, limit=2.0).item() == 2
+    assert adaptive_weight(gan, gan * 0).item() == 0
+
+
+def test_r1_is_the_squared_slope_at_each_picture() -> None:
+    weight = torch.randn(3, 8, 8, requires_grad=True)
+    logits, penalty = r1(
+        lambda x: (x.square() * weight).sum((1, 2, 3)).view(-1, 1, 1, 1), image := torch.rand(4, 3, 8, 8)
+    )
+    assert logits.shape == (4, 1, 1, 1)
+    torch.testing.assert_close(penalty, (2 * image * weight).square().sum((1, 2, 3)).mean())
+    (slope,) = torch.autograd.grad(penalty, weight)  # a second derivative: it can be trained on
+    torch.testing.assert_close(slope, 8 * (image.square() * weight).mean(0), rtol=1e-4, atol=1e-5)
+
+
+def test_spectral_norm_keeps_every_slope_at_one() -> None:
+    model = PatchDiscriminator(DiscriminatorConfig(channels=16, layers=1, norm="spectral"))
+    for _ in range(30):
+        model(torch.rand(1, 3, 16, 16))  # a power iteration each
+    for layer in model:
+        if isinstance(layer, nn.Conv2d):
+            assert torch.linalg.matrix_norm(layer.weight.flatten(1), 2).item() == pytest.approx(1, abs=0.02)
+    assert not any(isinstance(layer, nn.GroupNorm) for layer in model)
 
 
 def test_it_learns_to_tell_two_kinds_apart() -> None:

@@ -1,5 +1,6 @@
 """The autoencoder's losses, each switch of them, and what is exported."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -41,9 +42,11 @@ def batch(task: AutoencoderTask, step: int = 0) -> dict:
     return {"step": step} | task.dataset.__getitems__(range(4))
 
 
-def gradients(task: AutoencoderTask, step: int = 0) -> list[torch.Tensor]:
+def gradients(task: AutoencoderTask) -> list[torch.Tensor]:
+    """Of the second step: the adaptive weight is that of the step before."""
+    task.autoencoder_loss(batch(task, 0))
     task.autoencoder.zero_grad()
-    task.autoencoder_loss(batch(task, step))["loss"].backward()
+    task.autoencoder_loss(batch(task, 1))["loss"].backward()
     return [p.grad.clone() for p in task.autoencoder.parameters()]
 
 
@@ -51,7 +54,7 @@ def test_the_gradient_is_that_of_the_plain_sum(vae, lpips_weights):
     """Differentiating at the pixels is the same as writing down the whole loss and going back once."""
     weight = ["--loss.lpips", "0.7", "--loss.lpips_weights", lpips_weights, "--loss.kl", "0.1"]
     task = build(vae, *weight)
-    ours, value = gradients(task), task.autoencoder_loss(batch(task))["loss"]
+    ours, value = gradients(task), task.autoencoder_loss(batch(task, 1))["loss"]
 
     image = to_image(batch(task)["image"])
     posterior = task.autoencoder.encode(image)
@@ -59,7 +62,8 @@ def test_the_gradient_is_that_of_the_plain_sum(vae, lpips_weights):
     again = task.autoencoder.decode(posterior.sample(noise))
     total = (again - image).abs().mean() + 0.7 * task.perceptual(again, image).mean()
     gan = hinge_g(task.discriminator(again))
-    scale = adaptive_weight(total, gan, task.autoencoder.decoder.conv_out.weight)
+    last = task.autoencoder.decoder.conv_out.weight
+    scale = adaptive_weight(*(torch.autograd.grad(t, last, retain_graph=True)[0] for t in (total, gan)))
     total = total + 0.5 * scale * gan + 0.1 * posterior.kl().mean() / (3 * 32 * 32)
     plain = torch.autograd.grad(total, list(task.autoencoder.parameters()))
     torch.testing.assert_close(value, total)
@@ -76,11 +80,13 @@ def test_the_gradient_is_that_of_the_plain_sum(vae, lpips_weights):
         ("adversarial", "0"),
         ("adversarial_start", "1"),
         ("adaptive", "false"),
+        ("free_bits", "3"),
     ],
     ids=lambda switch: switch[0],
 )
 def test_every_switch_changes_the_step(vae, lpips_weights, switch: tuple[str, str]):
     weights = ["--loss.lpips_weights", lpips_weights]
+    weights += ["--loss.kl", "0.1"]
     plain, switched = build(vae, *weights), build(vae, *weights, f"--loss.{switch[0]}", switch[1])
     assert not all(torch.equal(a, b) for a, b in zip(gradients(plain), gradients(switched), strict=True))
 
@@ -101,6 +107,72 @@ def test_each_objective_moves_its_own_networks_only(vae):
     task.discriminator_loss(one)["loss"].backward()
     assert all(p.grad is not None for p in task.discriminator.parameters())
     assert all(torch.equal(a, p.grad) for a, p in zip(before, task.autoencoder.parameters(), strict=True))
+
+
+def test_the_adaptive_weight_is_that_of_the_whole_step_before(vae):
+    whole, parts = build(vae), build(vae)
+    assert whole.autoencoder_loss(batch(whole, 0))["gan_weight"] == 0  # nothing is known yet
+    for start in (0, 2):
+        parts.autoencoder_loss({"step": 0} | parts.dataset.__getitems__(range(start, start + 2)))
+    again = build(vae)
+    again.balance.load_state_dict(parts.balance.state_dict())
+    first, second = (task.balance.at(1).item() for task in (whole, parts))
+    assert first == pytest.approx(second, rel=1e-4) and first > 0
+    assert again.balance.at(9) == second
+
+
+def test_r1_and_spectral_norm_reach_the_discriminator(vae):
+    plain, steep = build(vae), build(vae, "--loss.r1", "10")
+    for task in (plain, steep):
+        task.autoencoder_loss(one := batch(task))
+        losses = task.discriminator_loss(one)
+        losses["loss"].backward()
+    assert losses["r1"] > 0 and "r1" not in plain.discriminator_loss(batch(plain))
+    pairs = zip(plain.discriminator.parameters(), steep.discriminator.parameters(), strict=True)
+    assert not all(torch.equal(a.grad, b.grad) for a, b in pairs)
+    assert any(
+        "parametrizations" in name for name in build(vae, "--discriminator.norm", "spectral").discriminator.state_dict()
+    )
+
+
+def test_a_discriminator_that_teaches_nothing_is_said_once(vae):
+    task = build(vae)
+    task.autoencoder_loss(one := batch(task))
+    losses = task.discriminator_loss(one)
+    real, fake = (task.discriminator(to_image(one["image"])), task.discriminator(task._reconstruction))
+    assert losses["accuracy_real"] == (real > 0).float().mean() and losses["accuracy_fake"] == (fake < 0).float().mean()
+    fine = {"discriminator_accuracy_real": 0.8, "discriminator_accuracy_fake": 0.7, "discriminator_real": 0.9}
+    wins = fine | {"discriminator_accuracy_real": 1.0, "discriminator_accuracy_fake": 1.0}
+    dead = fine | {"discriminator_fake": 0.9}
+    assert task.remarks({"loss": 1.0}) == task.remarks(fine) == []
+    assert "tells every picture" in task.remarks(wins)[0] and task.remarks(wins) == []
+    assert "the same to all pictures" in task.remarks(dead)[0]
+    assert task.remarks(fine) == [] and task.remarks(wins) != []
+
+
+def test_a_codebook_is_learned_kept_and_used(vae, run, tmp_path: Path):
+    settings = vae("--model.codebook", "16", "--loss.adversarial", "0", "--run.steps", "3")
+    run(settings, tmp_path / "run")
+    line = json.loads((tmp_path / "run/log.jsonl").read_text().splitlines()[-1])
+    assert 1 <= line["perplexity"] <= 16 and 0 < line["codes_used"] <= 1 and "kl" not in line
+    torch.manual_seed(0)
+    fresh, model = AutoencoderTask(settings), native.load(tmp_path / "run/model.safetensors").autoencoder
+    assert not torch.equal(model.decoder.codebook.codes, fresh.autoencoder.decoder.codebook.codes)
+    z = torch.randn(2, 2, 4, 4)
+    distances = torch.cdist(z.permute(0, 2, 3, 1).reshape(-1, 2), model.decoder.codebook.codes)
+    ids = model.decoder.codebook.ids(z).flatten()
+    assert torch.equal(ids, distances.argmin(1))
+    rounded = model.decoder.codebook(z).permute(0, 2, 3, 1).reshape(-1, 2)
+    torch.testing.assert_close(rounded, model.decoder.codebook.codes[ids])
+    task = build(vae, "--model.codebook", "16", "--loss.commit", "0.5")
+    losses = task.autoencoder_loss(batch(task))
+    assert losses["codebook"] == losses["commit"] > 0
+    torch.testing.assert_close(losses["loss"], losses["pixel"] + 1.5 * losses["codebook"])
+    losses["loss"].backward()
+    assert all(
+        p.grad is not None and p.grad.any()
+        for p in (task.autoencoder.decoder.codebook.codes, task.autoencoder.encoder.conv_in.weight)
+    )
 
 
 def test_exported_latents_have_unit_statistics(vae, tmp_path: Path):

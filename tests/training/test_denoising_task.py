@@ -1,5 +1,6 @@
 """The denoiser's loss, each switch of it, and what is exported."""
 
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,9 @@ from safetensors.torch import load_file
 
 from ldm.checkpoints import native
 from ldm.errors import UserError
+from ldm.families.convert import convert
+from ldm.training.config import LdmRun
+from ldm.training.tasks.autoencoder import AutoencoderTask
 from ldm.training.tasks.denoising import DenoisingTask
 
 CPU = torch.device("cpu")
@@ -162,8 +166,70 @@ def test_a_unet_can_be_trained_further(ldm, tmp_path: Path):
     assert all(torch.equal(states[0][name], value) for name, value in states[1].items())
     loss(second).backward()
     assert all(p.grad is not None for p in second.backbone.parameters())
-    with pytest.raises(UserError, match="has the UNet"):
+    with pytest.raises(UserError, match="has the backbone"):
         DenoisingTask(ldm("--weights", str(tmp_path / "model"), "--backbone.groups", "2"))
+
+
+@pytest.mark.parametrize("layout", ["diffusers", "compvis"])
+def test_training_goes_on_from_a_model_of_any_layout(ldm, run, layout: str, tiny_model: Path, tmp_path: Path):
+    """Everything from one file or folder, and nothing else said."""
+    path = tmp_path / ("folder" if layout == "diffusers" else "single.safetensors")
+    convert(tiny_model, path, layout)
+    plain = ldm("--weights", str(path), "--run.steps", "1", "--cache", str(tmp_path / "cache"))
+    blank = LdmRun(plain.run, plain.data)
+    settings = replace(
+        plain, autoencoder="", backbone=blank.backbone, text=blank.text, prediction="", defaults=blank.defaults
+    )
+    task, source = DenoisingTask(settings), native.load(tiny_model)
+    for name, module in source.modules.items():
+        found = getattr(task, name).state_dict()
+        assert all(torch.equal(found[key], value) for key, value in module.state_dict().items())
+    assert task.config.prediction == "v" and task.config.defaults == source.spec.defaults
+    assert all(p.requires_grad for p in (*task.backbone.parameters(), *task.text.parameters()))
+    assert not any(p.requires_grad for p in task.autoencoder.parameters())
+    run(settings, tmp_path / "run")
+    after = native.load(tmp_path / "run/model.safetensors")
+    assert after.spec.backbone == source.spec.backbone and after.spec.autoencoder == source.spec.autoencoder
+    assert not torch.equal(after.backbone.conv_out.weight, source.backbone.conv_out.weight)
+
+
+def test_what_the_config_says_goes_before_what_the_file_says(ldm, tiny_model: Path):
+    weights = ["--weights", str(tiny_model), "--text.tower.layers", "2"]
+    spec = native.read_spec(tiny_model).backbone
+    shape = [
+        f"--backbone.{f.name}={list(v) if isinstance(v := getattr(spec, f.name), tuple) else v}" for f in fields(spec)
+    ]
+    task = DenoisingTask(ldm(*weights, *shape, "--prediction", "eps", "--schedule.shift", "2", "--defaults.steps", "7"))
+    assert (task.config.prediction, task.config.schedule.shift, task.config.defaults.steps) == ("eps", 2, 7)
+    with pytest.raises(UserError, match="has the text.tower"):
+        DenoisingTask(ldm("--weights", str(tiny_model), *shape))
+
+
+@pytest.mark.parametrize("network", ["backbone", "autoencoder"])
+def test_recomputing_takes_less_memory_and_gives_the_same_gradients(ldm, vae, network: str):
+    kept, gradients = [], []
+    for on in ("false", "true"):
+        task = (
+            build(ldm, "--run.recompute", on) if network == "backbone" else AutoencoderTask(vae("--run.recompute", on))
+        )
+        task.to(CPU)
+        if network == "autoencoder":
+            torch.manual_seed(0)
+            for parameter in task.autoencoder.parameters():
+                torch.nn.init.normal_(parameter, std=0.1)
+        objective, sizes = task.objectives()[0], []
+
+        def note(value: torch.Tensor, sizes: list[int] = sizes) -> torch.Tensor:
+            sizes.append(value.numel())
+            return value
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda value: value):
+            value = objective.loss({"step": 0} | task.dataset.__getitems__(range(4)))["loss"]
+        value.backward()
+        kept.append(sum(sizes))
+        gradients.append([p.grad for p in task.networks[network].parameters()])
+    assert kept[1] < 0.6 * kept[0]
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
 def test_validation_is_fixed_and_stratified(ldm):
@@ -210,6 +276,7 @@ def test_the_exported_model_paints_what_the_run_showed(ldm, tmp_path: Path):
         (["--loss.gamma", "2"], "the weighting 'uniform' has no such number"),
         (["--backbone.in_channels", "8"], "in_channels 8 and out_channels 4 must both be 4"),
         (["--data.size", "30"], "data.size 30 is not a multiple of 4"),
+        (["--weights", "nowhere.safetensors"], "nowhere.safetensors"),
         (["--autoencoder", "nowhere.safetensors"], "nowhere.safetensors"),
     ],
 )

@@ -117,7 +117,9 @@ def test_tiny_runs_end_in_a_model(tmp_path: Path):
 def test_two_processes_take_the_steps_of_one(kind: str, texts: dict[str, str], tmp_path: Path, tiny_model: Path):
     (tmp_path / "config.yaml").write_text(texts[kind])
     extra = (
-        ["--loss.adaptive", "false"] if kind == "vae" else ["--autoencoder", str(tiny_model), "--cache", str(tmp_path)]
+        []
+        if kind == "vae"
+        else ["--autoencoder", str(tiny_model), "--cache", str(tmp_path), "--loss.importance", "true"]
     )
     two = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--"]
     for name, launch in (("one", [sys.executable]), ("two", two)):

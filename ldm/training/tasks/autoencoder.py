@@ -3,7 +3,7 @@
 After Esser et al. 2021 (arXiv:2012.09841) and Rombach et al. 2022, appendix G.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,15 +16,17 @@ from ldm.data.dataset import open_dataset, to_image
 from ldm.errors import UserError
 from ldm.evaluation.reconstruction import reconstruction_report
 from ldm.families.vae import load_vae
-from ldm.models.autoencoder import Autoencoder, AutoencoderConfig, normalised
-from ldm.models.discriminator import PatchDiscriminator, adaptive_weight, hinge_d, hinge_g
+from ldm.models.autoencoder import Autoencoder, AutoencoderConfig, Gaussian, normalised
+from ldm.models.discriminator import PatchDiscriminator, hinge_d, hinge_g, r1
 from ldm.models.perceptual import LPIPS
 from ldm.shapes import Image
 from ldm.training import keyed
+from ldm.training.balance import Balance
 from ldm.training.config import VaeRun
 from ldm.training.heldback import HeldBack
 from ldm.training.learner import Batch, Losses, Objective
 from ldm.training.optim import check_patterns, freeze
+from ldm.training.recompute import recompute
 
 SHOWN = 8  # pictures of a sample sheet
 
@@ -63,11 +65,17 @@ class AutoencoderTask:
             decoder = self.autoencoder.decoder
             for part in (self.autoencoder.encoder, decoder.mid, *decoder.up):
                 part.compile()
+        self.balance = Balance(self._last_layer) if self.loss.adversarial and self.loss.adaptive else None
+        if self.balance is not None:
+            self.networks["balance"] = self.balance  # nothing to train, but to keep
+        if config.run.recompute:
+            recompute(self.autoencoder)
         self._reconstruction: Tensor
+        self._state = ""
 
     def to(self, device: torch.device) -> None:
         self.device = device
-        for module in (self.autoencoder, self.discriminator, self.perceptual):
+        for module in (self.autoencoder, self.discriminator, self.perceptual, self.balance):
             if module is not None:
                 module.to(device)
 
@@ -103,24 +111,59 @@ class AutoencoderTask:
             terms["gan"] = hinge_g(self.discriminator(pixels))
             (push,) = torch.autograd.grad(terms["gan"], pixels)
             weight = torch.full((), self.loss.adversarial, device=self.device)
-            if self.loss.adaptive:
-                along = ((reconstruction * direction).sum(), (reconstruction * push).sum())
-                terms["gan_weight"] = adaptive_weight(*along, self._last_layer)
+            if self.balance is not None:
+                terms["gan_weight"] = self.balance.at(batch["step"]).clone()
                 weight = weight * terms["gan_weight"]
+                self.balance.see(*(self._at_last_layer(reconstruction, way) for way in (direction, push)))
             direction = direction + weight * push
             total = total + weight * terms["gan"]
-        terms["kl"] = posterior.kl().mean() / image[0].numel()
-        kl = self.loss.kl * terms["kl"]
-        backward = (reconstruction * direction).sum() + kl
+        rest = self._latent_terms(posterior, image, terms)
+        backward = (reconstruction * direction).sum() + rest
         return {
-            "loss": backward + (total + kl - backward).detach()
+            "loss": backward + (total + rest - backward).detach()
         } | terms  # the value of one, the gradient of the other
+
+    def _at_last_layer(self, reconstruction: Tensor, direction: Tensor) -> Tensor:
+        """The gradient at the decoder's last layer of a loss that has this one at the pixels."""
+        return torch.autograd.grad((reconstruction * direction).sum(), self._last_layer, retain_graph=True)[0]
+
+    def _latent_terms(self, posterior: Gaussian, image: Image, terms: Losses) -> Tensor:
+        """The loss on latents: of the KL, or of a codebook (VQGAN, Eq. 4), whose use is noted too."""
+        codebook = self.autoencoder.decoder.codebook
+        if codebook is None:
+            terms["kl"] = posterior.kl(self.loss.free_bits).mean() / image[0].numel()
+            return self.loss.kl * terms["kl"]
+        z = self.autoencoder.raw(posterior.mean).float()
+        near = codebook.nearest(z).float()
+        terms["codebook"] = (near - z.detach()).square().mean()
+        terms["commit"] = (z - near.detach()).square().mean()
+        share = codebook.ids(z).flatten().bincount(minlength=len(codebook.codes)).float() / z[:, 0].numel()
+        terms["codes_used"] = (share > 0).float().mean()
+        terms["perplexity"] = torch.special.entr(share).sum().exp()
+        return terms["codebook"] + self.loss.commit * terms["commit"]
 
     def discriminator_loss(self, batch: Batch) -> Losses:
         """Real pictures against the reconstructions that `autoencoder_loss` has just made of them."""
-        real = self.discriminator(to_image(batch["image"]))
+        image, terms = to_image(batch["image"]), {}
+        if self.loss.r1:
+            real, terms["r1"] = r1(self.discriminator, image)
+        else:
+            real = self.discriminator(image)
         fake = self.discriminator(self._reconstruction.detach())
-        return {"loss": hinge_d(real, fake), "real": real.float().mean(), "fake": fake.float().mean()}
+        terms |= {"real": real.float().mean(), "fake": fake.float().mean()}
+        terms |= {"accuracy_real": (real > 0).float().mean(), "accuracy_fake": (fake < 0).float().mean()}
+        return {"loss": hinge_d(real, fake) + 0.5 * self.loss.r1 * terms.get("r1", 0.0)} | terms
+
+    def remarks(self, record: Mapping[str, float]) -> list[str]:
+        """What a person should hear of a line of the log: a discriminator that has stopped to teach."""
+        real, fake = (record.get(f"discriminator_accuracy_{kind}", 0.5) for kind in ("real", "fake"))
+        state = ""
+        if min(real, fake) > 0.995:
+            state = "tells every picture: its gradient says little. Take loss.r1, discriminator.norm spectral"
+        elif abs(record.get("discriminator_real", 1) - record.get("discriminator_fake", 0)) < 1e-3:
+            state = "answers the same to all pictures: it has learned nothing. Take a lower optim.lr"
+        news, self._state = state != self._state, state
+        return [f"the discriminator {state}, or a later loss.adversarial_start"] if state and news else []
 
     def validate(self) -> dict[str, float]:
         """PSNR (dB), SSIM and, where its weights are given, LPIPS of held-back pictures."""

@@ -3,14 +3,17 @@
 Rombach et al. 2022; classifier-free guidance by dropped captions after Ho & Salimans 2022.
 """
 
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import UInt8
 from torch import Tensor, nn
 
 from ldm.checkpoints import native
+from ldm.checkpoints.native import Model
 from ldm.conditioning import Conditioning
 from ldm.data.cache import CachedDataset, cache_latents
 from ldm.data.dataset import Dataset, open_dataset, to_image
@@ -22,8 +25,10 @@ from ldm.diffusion.predictions import PREDICTIONS
 from ldm.diffusion.samplers import find_sampler
 from ldm.diffusion.schedules import make_schedule
 from ldm.errors import UserError
+from ldm.families.load import load
+from ldm.families.vae import load_vae
 from ldm.files import sha256
-from ldm.models.autoencoder import AutoencoderConfig
+from ldm.models.autoencoder import Autoencoder, AutoencoderConfig
 from ldm.models.unet import UNet
 from ldm.shapes import Image, Latent, TokenIds
 from ldm.text.tower import Conditioner
@@ -34,6 +39,7 @@ from ldm.training.importance import Importance
 from ldm.training.learner import Batch, Losses, Objective
 from ldm.training.optim import check_patterns, freeze
 from ldm.training.progress import Bar
+from ldm.training.recompute import recompute
 
 EMBEDDED = Path(__file__).parents[2] / "assets" / "embedded.safetensors"
 
@@ -45,13 +51,15 @@ class DenoisingTask:
     """
 
     def __init__(self, config: LdmRun) -> None:
-        self.config, self.seed = config, config.run.seed
-        self._source = EMBEDDED if config.autoencoder == "embedded" else Path(config.autoencoder)
-        source = native.load_autoencoder(self._source)
-        self.autoencoder, self._autoencoder = source.autoencoder, source.spec.autoencoder
-        self.backbone = _backbone(config)
-        self.text = _tower(config)
-        _check_fit(config, self._autoencoder)
+        begun = load(Path(config.weights)) if config.weights else None
+        self.config = config = _settled(config, begun)
+        self.seed = config.run.seed
+        self._source = Path(config.autoencoder)
+        self.autoencoder = _autoencoder(config, begun)
+        self.backbone = UNet(config.backbone) if begun is None or begun.backbone is None else begun.backbone
+        self.backbone.requires_grad_(True).train()
+        self.text = _tower(config, begun)
+        _check_fit(config, self.autoencoder.config)
         self.prediction, self.schedule = PREDICTIONS[config.prediction], make_schedule(config.schedule)
         self.weighting = find_weighting(config.loss.weighting, config.loss.gamma)
         self.networks: dict[str, nn.Module] = {"backbone": self.backbone}
@@ -67,6 +75,8 @@ class DenoisingTask:
         self._pictures = open_dataset(config.data, self.text.tokenize)
         self.dataset: Dataset = self._pictures
         self.held_back = HeldBack(config.data, config.run.validate_on, self.text.tokenize)
+        if config.run.recompute:
+            recompute(self.backbone)
         if config.run.compile:
             self.backbone.compile()
             self.autoencoder.encoder.compile()
@@ -132,8 +142,7 @@ class DenoisingTask:
                 bar.step(done - bar.done)
                 bar.show("pictures encoded")
 
-            model = sha256(self._source)
-            return cache_latents(self._pictures, self._posterior, folder, model=model, show=show)
+            return cache_latents(self._pictures, self._posterior, folder, model=_digest(self._source), show=show)
 
     @torch.no_grad()
     def _posterior(self, image: UInt8[Tensor, "b 3 H W"]) -> tuple[Latent, Latent]:
@@ -142,8 +151,9 @@ class DenoisingTask:
         return posterior.mean.float(), (0.5 * posterior.logvar.float()).exp()
 
     def encode_text(self, ids: TokenIds) -> Conditioning:
+        side = self.config.data.size
         with torch.set_grad_enabled(self.config.text.train and torch.is_grad_enabled()):
-            return self.text.encode(ids)
+            return self.text.encode(ids, (side, side))
 
     def validate(self) -> dict[str, float]:
         """The loss on held-back pictures: noise fixed, noise levels spread evenly over the training density."""
@@ -159,6 +169,9 @@ class DenoisingTask:
             total += self.losses(x0, levels[part].to(self.device), noise, cond).sum().item()
         return {f"{self.held_back.name}_loss": total / len(position)}
 
+    def remarks(self, record: Mapping[str, float]) -> list[str]:
+        return []
+
     def sample(self) -> tuple[Image, int]:
         """A picture of each prompt of the config, from its own seed."""
         prompts, how = self.config.samples.prompts, self.config.defaults
@@ -167,7 +180,7 @@ class DenoisingTask:
         sigmas = self.schedule.steps(how.steps, how.schedule)
         noise = SeededNoise([self.config.samples.seed + i for i in range(len(prompts))])
         side = self.config.data.size // self.autoencoder.factor
-        blank = torch.zeros(len(prompts), self._autoencoder.z_channels, side, side, device=self.device)
+        blank = torch.zeros(len(prompts), self.autoencoder.config.z_channels, side, side, device=self.device)
         x = noise(blank) * self.schedule.start(float(sigmas[0]))
         *_, last = find_sampler(how.sampler)(denoise, x, sigmas, noise)
         return self.autoencoder.decode(last.x), 0
@@ -176,7 +189,7 @@ class DenoisingTask:
         """Write the whole model: everything that txt2img needs."""
         config = self.config
         spec = native.ModelSpec(
-            self._autoencoder,
+            self.autoencoder.config,
             config.data.size,
             config.backbone,
             config.text.tower,
@@ -188,30 +201,61 @@ class DenoisingTask:
         native.save(path, spec, {"autoencoder": self.autoencoder, "backbone": self.backbone, "text": self.text})
 
 
-def _backbone(config: LdmRun) -> UNet:
-    """A UNet with fresh weights, or with those of the file that the config names."""
-    backbone = UNet(config.backbone)
-    if config.weights:
-        source = native.load(config.weights)
-        if source.backbone is None or source.spec.backbone != config.backbone:
-            raise UserError(f"weights {config.weights!r} has the UNet {source.spec.backbone}, not {config.backbone}")
-        backbone.load_state_dict(source.backbone.state_dict())
-    return backbone
+def _settled(config: LdmRun, begun: Model | None) -> LdmRun:
+    """The config with what it leaves open: as the model that the training starts from has it, else the usual."""
+    if begun is None:
+        return replace(config, autoencoder=_named(config), prediction=config.prediction or "eps")
+    spec, none = begun.spec, LdmRun(config.run, config.data)
+    if spec.backbone is None or spec.text is None:
+        raise UserError(f"weights {config.weights!r} holds an autoencoder alone: give a whole model")
+    tower = config.text.tower
+    for name, given, usual, theirs in (
+        ("backbone", config.backbone, none.backbone, spec.backbone),
+        ("text.tower", tower, tower if config.text.weights else none.text.tower, spec.text),
+    ):
+        if given not in (usual, theirs):
+            raise UserError(f"weights {config.weights!r} has the {name} {theirs}, not {given}")
+    return replace(
+        config,
+        autoencoder=_named(config),
+        backbone=spec.backbone,
+        text=config.text if config.text.weights else replace(config.text, tower=spec.text),
+        prediction=config.prediction or cast(Any, spec.prediction),
+        schedule=spec.schedule if config.schedule == none.schedule else config.schedule,
+        defaults=spec.defaults if config.defaults == none.defaults else config.defaults,
+    )
 
 
-def _tower(config: LdmRun) -> Conditioner:
-    """A text tower with fresh weights, or with those of the file that the config names."""
-    text = Conditioner(config.text.tower)
-    if config.text.weights:
-        source = native.load(config.text.weights)
-        if source.conditioner is None or source.spec.text != config.text.tower:
-            raise UserError(
-                f"text.weights {config.text.weights!r} has the tower {source.spec.text}, not {config.text.tower}"
-            )
-        text.load_state_dict(source.conditioner.state_dict())
-    elif not config.text.train:
+def _named(config: LdmRun) -> str:
+    """The file of the autoencoder."""
+    name = config.autoencoder or config.weights or "embedded"
+    return str(EMBEDDED) if name == "embedded" else name
+
+
+def _digest(path: Path) -> str:
+    """Of a model file, or of all in a folder."""
+    return " ".join(sha256(file) for file in (sorted(path.rglob("*.safetensors")) if path.is_dir() else [path]))
+
+
+def _autoencoder(config: LdmRun, begun: Model | None) -> Autoencoder:
+    own = begun is not None and config.autoencoder == config.weights
+    found = begun.autoencoder if begun is not None and own else load_vae(Path(config.autoencoder))
+    if not isinstance(found, Autoencoder):
+        raise UserError(f"autoencoder {config.autoencoder!r} is a tiny one, which cannot stand in a model of ours")
+    return found
+
+
+def _tower(config: LdmRun, begun: Model | None) -> Conditioner:
+    """The text tower of the file that the config names, of the model that the training starts from, or a fresh one."""
+    source = load(Path(config.text.weights)) if config.text.weights else begun
+    if source is None and not config.text.train:
         raise UserError("text.train is false: give text.weights, a model file with a trained text tower")
-    return text.requires_grad_(config.text.train)
+    if source is not None and (source.conditioner is None or source.spec.text != config.text.tower):
+        raise UserError(
+            f"text.weights {config.text.weights!r} has the tower {source.spec.text}, not {config.text.tower}"
+        )
+    text = Conditioner(config.text.tower) if source is None or source.conditioner is None else source.conditioner
+    return text.train().requires_grad_(config.text.train)
 
 
 def _check_fit(config: LdmRun, autoencoder: AutoencoderConfig) -> None:
