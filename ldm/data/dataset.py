@@ -96,7 +96,7 @@ class ShardDataset:
             numbers[:, CROP_X:] = 0.5
         problems: list[str] = []
         views = [
-            self._whole(row, problems, *crop)
+            self.view(row, problems, *crop)
             for row, crop in zip(self.stream.rows(places).tolist(), numbers[:, CROP_X:].tolist(), strict=True)
         ]
         if len({view.pixels.shape for view in views}) > 1:
@@ -159,8 +159,8 @@ class ShardDataset:
             picture = square(picture, size, x, y)
         return View(np.asarray(picture), ids, captions, sample.key)
 
-    def _whole(self, row: int, problems: list[str], x: float, y: float) -> View:
-        """The sample of a number, or the one that stands in for it."""
+    def view(self, row: int, problems: list[str], x: float, y: float) -> View:
+        """The sample of a number, or the one that stands in for it; `problems` then says why."""
         try:
             return self.row(row, x, y)
         except Damaged as error:
@@ -184,7 +184,7 @@ class ShardDataset:
         return int(self.shards.ends[shard]) - self.shards.counts[shard]
 
     @cached_property
-    def _runs(self) -> list[Run]:
+    def runs(self) -> list[Run]:
         """What stands behind what: shards, or where they have buckets, the parts of one size."""
         if self.config.buckets:
             found = self.shards.runs()
@@ -195,16 +195,16 @@ class ShardDataset:
     @cached_property
     def _alike(self) -> dict[tuple[int, str], list[Run]]:
         found: dict[tuple[int, str], list[Run]] = {}
-        for run in self._runs:
+        for run in self.runs:
             found.setdefault((self.shards.sources[run.shard], run.size), []).append(run)
         return found
 
     @cached_property
     def _firsts(self) -> Ints:
-        return np.array([run.first for run in self._runs])
+        return np.array([run.first for run in self.runs])
 
     def _run(self, row: int) -> Run:
-        return self._runs[int(np.searchsorted(self._firsts, row, "right")) - 1]
+        return self.runs[int(np.searchsorted(self._firsts, row, "right")) - 1]
 
 
 def open_dataset(config: DataConfig, tokenize: Tokenize | None = None, *, batch: int = 1) -> ShardDataset:
@@ -255,7 +255,7 @@ def _columns(config: DataConfig, count: int) -> list[str]:
     names = [name.strip() for name in config.captions.split(",")]
     if len(names) == 1:
         names *= count
-    if len(names) < count:
+    if len(names) != count:
         raise UserError(f"data.captions {config.captions!r} has {len(names)} parts for {count} sources")
     return names
 

@@ -1,13 +1,17 @@
 """Cached encodings: the same stream as uncached, encoded once, and never a stale one."""
 
 import dataclasses
+import pickle
 
+import numpy as np
 import pytest
 import torch
 from torch.nn.functional import avg_pool2d
 
-from ldm.data.cache import cache_latents
+from ldm.data.cache import CachedDataset, Encoders, cached, fill
 from ldm.data.dataset import DataConfig, loader, open_dataset, to_image
+from ldm.data.order import uniforms
+from ldm.data.shards import write_manifest, write_shard
 from ldm.errors import UserError
 
 
@@ -23,77 +27,142 @@ class Encoder:
         return mean, mean.abs() + 0.1
 
 
+def encoders(encode=None, **changes) -> Encoders:
+    return Encoders(**{"model": "m", "encode": encode or Encoder()} | changes)
+
+
 @pytest.fixture
 def config(assets) -> DataConfig:
     return DataConfig(shards=assets, size=64, flip=True, seed=5, workers=0)
 
 
 def tokenize(texts: list[str]) -> torch.Tensor:
-    return torch.tensor([[len(text), ord(text[0])] for text in texts])
+    return torch.tensor([[len(text), ord(text[0]) if text else 0] for text in texts])
+
+
+def states(texts: list[str]):
+    lengths = torch.tensor([[float(len(text))] for text in texts])
+    return lengths[:, None].expand(-1, 3, 2) / 8, lengths
 
 
 @pytest.mark.parametrize("flip", [True, False])
 def test_the_cached_stream_is_the_uncached_one(config, tmp_path, flip):
     dataset = open_dataset(dataclasses.replace(config, flip=flip), tokenize)
-    encode = Encoder()
-    seen: list[tuple[int, int]] = []
-    cached = cache_latents(
-        dataset, encode, tmp_path, model="m", batch_size=25, show=lambda *numbers: seen.append(numbers)
+    encode, seen = Encoder(), []
+    kept = cached(
+        dataset, encoders(encode, text="t", states=states), tmp_path, show=lambda *numbers: seen.append(numbers)
     )
-    assert (len(cached), encode.count, seen) == (60, 60 * (1 + flip), [(25, 60), (50, 60), (60, 60)])
-    for raw, batch in zip(loader(dataset, 30, start=50, stop=200), loader(cached, 30, start=50, stop=200), strict=True):
+    assert (len(kept), encode.count, seen) == (60, 60 * (1 + flip), [(30, 60), (60, 60)])
+    kept = pickle.loads(pickle.dumps(kept))  # as a worker gets it
+    for raw, batch in zip(loader(dataset, 30, start=50, stop=110), loader(kept, 30, start=50, stop=110), strict=True):
         mean, std = encode(raw["image"])
         assert torch.equal(batch["mean"], mean.half())
         assert torch.equal(batch["std"], std.half())
-        assert torch.equal(batch["tokens"], raw["tokens"])
-        assert torch.equal(batch["position"], raw["position"])
+        for name in ("tokens", "position", "size_ids"):
+            assert torch.equal(batch[name], raw[name])
         assert (batch["caption"], batch["key"]) == (raw["caption"], raw["key"])
+        lengths = torch.tensor([float(len(caption)) for caption in raw["caption"]])
+        assert torch.equal(batch["vector"][:, 0], lengths.half())
+        assert torch.equal(batch["states"][:, 2, 1], (lengths / 8).half())
+    assert (kept.empty["states"] == 0).all() and kept.empty["states"].shape == (1, 3, 2)
 
 
-def test_a_second_run_reads_the_file(config, tmp_path):
-    first, second = Encoder(), Encoder()
-    one = cache_latents(open_dataset(config), first, tmp_path, model="m")
-    two = cache_latents(open_dataset(config), second, tmp_path, model="m")
+def test_a_second_run_maps_what_is_there(config, tmp_path):
+    one = cached(open_dataset(config), encoders(), tmp_path)
+    second = Encoder()
+    two = cached(open_dataset(dataclasses.replace(config, seed=5, workers=1)), encoders(second), tmp_path)
     assert second.count == 0
-    assert torch.equal(one.latents, two.latents)
-    assert "tokens" not in two.__getitems__([0])
-    assert [path.name.endswith(".safetensors") for path in tmp_path.iterdir()] == [True]
+    assert torch.equal(one.__getitems__(range(60))["mean"], two.__getitems__(range(60))["mean"])
+    assert "tokens" not in two.__getitems__([0]) and two.empty is None
 
 
-def test_order_and_workers_keep_the_cache(config, tmp_path):
-    cache_latents(open_dataset(config), Encoder(), tmp_path, model="m")
+@pytest.mark.parametrize(
+    "change, text",
+    [
+        ({"size": 32}, "size 64, not 32"),
+        ({"flip": False}, "flip True, not False"),
+        ({"captions": "txt"}, "captions '', not 'txt'"),
+        ({"crop": "random"}, "crop 'center', not 'random'"),
+        ("model", "autoencoder 'm', not 'other'"),
+        ("text", "text '', not 't'"),
+        ("tokenizer", "tokenizer '', not '"),
+    ],
+)
+def test_a_stale_cache_is_refused(config, tmp_path, change, text):
+    cached(open_dataset(config), encoders(), tmp_path)
+    new = dataclasses.replace(config, **change) if isinstance(change, dict) else config
+    how = {"model": {"model": "other"}, "text": {"text": "t", "states": states}}.get(str(change), {})
+    dataset = open_dataset(new, tokenize if change == "tokenizer" else None)
+    with pytest.raises(UserError, match=f"was made with {text}"):
+        cached(dataset, encoders(crops=2 if "crop" in change else 1, **how), tmp_path)
+    assert len(cached(open_dataset(config), encoders(None), tmp_path)) == 60  # and it is still what it was
+
+
+def test_what_is_missing_broken_or_another_shard_is_encoded(config, tmp_path, assets):
+    cached(open_dataset(config), encoders(), tmp_path)
+    first, second = sorted(tmp_path.glob("0000*.safetensors"))
+    data = first.read_bytes()
+    first.write_bytes(data[:-100])
     encode = Encoder()
-    cache_latents(open_dataset(dataclasses.replace(config, seed=1, workers=1)), encode, tmp_path, model="m")
-    assert encode.count == 0
+    cached(open_dataset(config), encoders(encode), tmp_path)
+    assert (encode.count, first.read_bytes()) == (60, data)
+    second.unlink()
+    one = dataclasses.replace(config, shards=assets.replace("{00000..00001}", "00000"))
+    cached(open_dataset(one), encoders(encode), tmp_path)
+    assert encode.count == 60  # of the first shard all is there
 
 
-@pytest.mark.parametrize("change", [{"size": 32}, {"flip": False}, {"shards": "first"}, "model"])
-def test_anything_else_makes_it_anew(config, tmp_path, assets, change):
-    cache_latents(open_dataset(config), Encoder(), tmp_path, model="m")
-    if change == {"shards": "first"}:
-        change = {"shards": assets.replace("{00000..00001}", "00000")}
-    new = config if change == "model" else dataclasses.replace(config, **change)
+def test_processes_share_the_shards(config, tmp_path):
+    counts = []
+    for rank in range(2):
+        encode = Encoder()
+        fill(open_dataset(config), encoders(encode), tmp_path, share=(rank, 2))
+        counts.append(encode.count)
+    assert counts == [60, 60]
+    whole = cached(open_dataset(config), encoders(Encoder()), tmp_path / "alone")
+    parts = CachedDataset(open_dataset(config), tmp_path)
+    assert torch.equal(whole.__getitems__(range(60))["mean"], parts.__getitems__(range(60))["mean"])
+
+
+def test_several_crops(config, tmp_path, sample, picture):
+    pictures = [(f"{n}", {"png": picture(n, (32, 80)), "txt": b"x"}) for n in range(3)]
+    write_manifest(tmp_path, [write_shard(tmp_path / "a.tar", pictures)])
+    config = DataConfig(shards=str(tmp_path), size=32, crop="random", flip=True)
+    dataset = open_dataset(config)
+    with pytest.raises(UserError, match="are kept as several crops"):
+        cached(dataset, encoders(), tmp_path / "cache")
+    kept = cached(dataset, encoders(crops=4), tmp_path / "cache")
+    found = kept.__getitems__(range(60))
+    corners = uniforms(0, np.arange(12), 2)
+    views = {(n, v): dataset.row(n, *corners[4 * n + v]) for n in range(3) for v in range(4)}
+    seen = set()
+    for mean, key, ids in zip(found["mean"], found["key"], found["size_ids"].tolist(), strict=True):
+        for (n, v), view in views.items():
+            image = torch.from_numpy(view.pixels.copy()).permute(2, 0, 1)[None]
+            for mirrored in range(2):
+                same = torch.equal(Encoder()(image.flip(-1) if mirrored else image)[0][0].half(), mean)
+                if same and str(n) == key and view.size_ids == ids:
+                    seen.add((n, v, mirrored))
+    assert len(seen) > 15  # of 24
+
+
+def test_buckets(tmp_path, picture):
+    sizes = [(16, 32)] * 3 + [(24, 24)] * 5
+    pictures = [(f"{n}", {"png": picture(n, size), "txt": b"x"}) for n, size in enumerate(sizes)]
+    entry = dataclasses.replace(write_shard(tmp_path / "a.tar", pictures), buckets={"32x16": 3, "24x24": 5})
+    write_manifest(tmp_path, [entry])
+    dataset = open_dataset(DataConfig(shards=str(tmp_path), buckets=True, flip=True), tokenize, batch=2)
     encode = Encoder()
-    cache_latents(open_dataset(new), encode, tmp_path, model="other" if change == "model" else "m")
-    assert encode.count
+    kept = cached(dataset, encoders(encode), tmp_path / "cache")
+    for start in range(0, 40, 2):
+        raw, batch = dataset.__getitems__(range(start, start + 2)), kept.__getitems__(range(start, start + 2))
+        assert batch["key"] == raw["key"]
+        assert torch.equal(batch["mean"], encode(raw["image"])[0].half())
 
 
-@pytest.mark.parametrize("damage", ["cut", "key"])
-def test_a_broken_cache_is_made_anew(config, tmp_path, damage):
-    cache_latents(open_dataset(config), Encoder(), tmp_path, model="m")
-    (path,) = tmp_path.iterdir()
-    data = path.read_bytes()
-    key = data[data.index(b'"key":"') + 7 :][:64]
-    path.write_bytes(data[:-100] if damage == "cut" else data.replace(key, bytes(reversed(key))))
-    encode = Encoder()
-    cache_latents(open_dataset(config), encode, tmp_path, model="m")
-    assert encode.count == 120
-    assert path.read_bytes() == data
-
-
-def test_what_cannot_be_cached_is_refused(config, tmp_path):
-    with pytest.raises(UserError, match="cannot be cached with crop 'random'"):
-        cache_latents(open_dataset(dataclasses.replace(config, crop="random")), Encoder(), tmp_path, model="m")
+def test_what_is_not_finite_is_refused(config, tmp_path):
     with pytest.raises(UserError, match="are not finite"):
-        cache_latents(open_dataset(config), lambda x: (to_image(x) / 0, to_image(x)), tmp_path, model="m")
-    assert not list(tmp_path.iterdir())
+        cached(open_dataset(config), encoders(lambda x: (to_image(x) / 0, to_image(x))), tmp_path)
+    (tmp_path / "cache.json").write_text("{")
+    with pytest.raises(UserError, match=r"cache.json' is broken"):
+        cached(open_dataset(config), encoders(), tmp_path)

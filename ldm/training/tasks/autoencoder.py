@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ldm.checkpoints import native
 from ldm.data.dataset import open_dataset, to_image
 from ldm.errors import UserError
+from ldm.evaluation.inception import Inception
 from ldm.evaluation.reconstruction import reconstruction_report
 from ldm.families.vae import load_vae
 from ldm.models.autoencoder import Autoencoder, AutoencoderConfig, Gaussian, normalised
@@ -49,10 +50,11 @@ class AutoencoderTask:
             raise UserError(
                 "loss.lpips is on: give loss.lpips_weights a file (`make weights` makes it), or set loss.lpips 0"
             )
-        self.dataset = open_dataset(config.data)
+        self.dataset = open_dataset(config.data, batch=config.run.batch_size)
         self.held_back = HeldBack(config.data, config.run.validate_on)
         self.discriminator = PatchDiscriminator(config.discriminator)
         self.perceptual = LPIPS.load(self.loss.lpips_weights) if self.loss.lpips_weights else None
+        self.inception = Inception.load(self.loss.fid_weights) if self.loss.fid_weights else None
         self.networks: dict[str, nn.Module] = {"autoencoder": self.autoencoder}
         if self.loss.adversarial:
             self.networks["discriminator"] = self.discriminator
@@ -75,7 +77,7 @@ class AutoencoderTask:
 
     def to(self, device: torch.device) -> None:
         self.device = device
-        for module in (self.autoencoder, self.discriminator, self.perceptual, self.balance):
+        for module in (self.autoencoder, self.discriminator, self.perceptual, self.balance, self.inception):
             if module is not None:
                 module.to(device)
 
@@ -166,8 +168,11 @@ class AutoencoderTask:
         return [f"the discriminator {state}, or a later loss.adversarial_start"] if state and news else []
 
     def validate(self) -> dict[str, float]:
-        """PSNR (dB), SSIM and, where its weights are given, LPIPS of held-back pictures."""
-        report = reconstruction_report(self.autoencoder, self._held_back(), self.perceptual)
+        """PSNR (dB), SSIM and, where their weights are given, LPIPS and rFID of held-back pictures."""
+        inception = self.inception
+        features = None if inception is None else lambda pixels: inception(pixels).pool
+        with torch.autocast(self.device.type, enabled=False):  # FID is defined in fp32
+            report = reconstruction_report(self.autoencoder, self._held_back(), self.perceptual, features)
         return {f"{self.held_back.name}_{name}": value for name, value in report.items()}
 
     def sample(self) -> tuple[Image, int]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ldm.checkpoints import native
 from ldm.checkpoints.native import Model
 from ldm.conditioning import Conditioning
-from ldm.data.cache import CachedDataset, cache_latents
+from ldm.data.cache import CachedDataset, Encoders, States, cached, kept_with
 from ldm.data.dataset import Dataset, open_dataset, to_image
 from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.guidance import cfg
@@ -72,8 +72,9 @@ class DenoisingTask:
         if self.importance is not None:
             self.networks["importance"] = self.importance  # nothing to train, but to keep
         self.empty = self.text.tokenize([""])
-        self._pictures = open_dataset(config.data, self.text.tokenize)
-        self.dataset: Dataset = self._pictures
+        self.pictures = open_dataset(config.data, self.text.tokenize, batch=config.run.batch_size)
+        self.dataset: Dataset = self.pictures
+        self._cached: CachedDataset | None = None
         self.held_back = HeldBack(config.data, config.run.validate_on, self.text.tokenize)
         if config.run.recompute:
             recompute(self.backbone)
@@ -88,7 +89,7 @@ class DenoisingTask:
                 module.to(device)
         self.empty = self.empty.to(device)
         if self.config.cache:
-            self.dataset = self._encoded(self.config.cache)
+            self.dataset = self._cached = self._encoded(self.config.cache)
 
     def objectives(self) -> list[Objective]:
         return [Objective("denoiser", {name: self.networks[name] for name in self.averaged}, self.denoising_loss)]
@@ -101,7 +102,7 @@ class DenoisingTask:
 
         x0 = self.latent(batch)
         dropped = keyed.uniform(self.seed, "caption", position) < loss.caption_dropout
-        cond = self.encode_text(torch.where(dropped[:, None], self.empty, batch["tokens"]))
+        cond = self.conditions(batch, dropped)
         u = keyed.uniform(self.seed, "sigma", position)
         density = torch.ones_like(u)
         if self.importance is not None:
@@ -134,15 +135,40 @@ class DenoisingTask:
             mean, std = self._posterior(batch["image"])
         return mean + std * keyed.normal(self.seed, "posterior", batch["position"], tuple(mean.shape[1:]))
 
+    def conditions(self, batch: Batch, dropped: Tensor) -> Conditioning:
+        """Text states of a batch, kept or encoded now: of the empty caption where it is dropped."""
+        if "states" not in batch or self.config.text.train:
+            return self.encode_text(torch.where(dropped[:, None], self.empty, batch["tokens"]))
+        empty = {} if self._cached is None else self._cached.empty or {}
+        kept = {name: torch.from_numpy(empty[name]).to(self.device) for name in ("states", "vector") if name in empty}
+        tokens = torch.where(dropped[:, None, None], kept["states"], batch["states"]).float()
+        if "vector" not in kept:
+            return Conditioning(tokens)
+        return Conditioning(tokens, vector=torch.where(dropped[:, None], kept["vector"], batch["vector"]).float())
+
+    def encoders(self, *, text: bool, crops: int) -> Encoders:
+        """What fills a cache. text: with states of the tower, which must be frozen."""
+        if text and self.config.text.train:
+            raise UserError("text states can be kept only of a tower that is not trained: set text.train to false")
+
+        def states(captions: list[str]) -> States:
+            cond = self.encode_text(self.text.tokenize(captions).to(self.device))
+            return cond.tokens, cond.vector
+
+        model = _digest(Path(self.config.text.weights or self.config.weights)) if text else ""
+        return Encoders(_digest(self._source), self._posterior, model, states if text else None, crops)
+
     def _encoded(self, folder: str) -> CachedDataset:
         """The training pictures as latents, read from the folder if it has them."""
-        with Bar(len(self._pictures)) as bar:
+        kept = kept_with(folder)
+        with Bar(len(self.pictures)) as bar:
 
             def show(done: int, total: int) -> None:
                 bar.step(done - bar.done)
                 bar.show("pictures encoded")
 
-            return cache_latents(self._pictures, self._posterior, folder, model=_digest(self._source), show=show)
+            encoders = self.encoders(text=bool(kept.get("text")), crops=int(kept.get("crops", 1)))
+            return cached(self.pictures, encoders, folder, show=show)
 
     @torch.no_grad()
     def _posterior(self, image: UInt8[Tensor, "b 3 H W"]) -> tuple[Latent, Latent]:

@@ -1,0 +1,58 @@
+"""Encode the pictures of a training run once, and its captions too with --text; run again, it goes on where it stopped.
+
+python scripts/precompute.py configs/tiny/ldm.yaml --data.shards 'data/{00000..00003}.tar' --cache latents/tiny
+python -m torch.distributed.run --nproc_per_node 2 -- scripts/precompute.py configs/tiny/ldm.yaml ...
+
+The config and the overrides are those of scripts/train_ldm.py, whose `cache` is the folder. `accelerate launch` serves
+as well where torchvision fits torch.
+"""
+
+import dataclasses
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import torch
+from accelerate import PartialState
+
+from ldm import config
+from ldm.data.cache import fill
+from ldm.errors import Parser, UserError, script, whole
+from ldm.training.config import LdmRun
+from ldm.training.progress import Bar
+from ldm.training.tasks.denoising import DenoisingTask
+
+
+@script
+def main() -> None:
+    parser = Parser(__doc__)
+    parser.add_argument("config", type=Path, help="a YAML file, as for scripts/train_ldm.py")
+    parser.add_argument("--text", action="store_true", help="keep the text states of every caption, of a frozen tower")
+    parser.add_argument("--crops", type=whole(1), default=1, help="views of each picture where data.crop is random (1)")
+    parser.add_argument("--batch", type=whole(1), default=64, help="pictures encoded at a time (64)")
+    known, overrides = parser.parse_known_args()
+    settings = config.load(LdmRun, known.config, overrides)
+    if not settings.cache:
+        raise UserError("no folder is named for the encodings: give --cache DIR")
+    state = PartialState(cpu=not torch.cuda.is_available())
+    with state.main_process_first():
+        task = DenoisingTask(dataclasses.replace(settings, cache=""))
+    task.to(state.device)
+    with Bar(len(task.dataset), shown=state.is_main_process) as bar:
+
+        def show(done: int, total: int) -> None:
+            bar.steps = total
+            bar.step(done - bar.done)
+            bar.show("pictures encoded" + (" by the first process" if state.num_processes > 1 else ""))
+
+        share = (state.process_index, state.num_processes)
+        encoders = task.encoders(text=known.text, crops=known.crops)
+        fill(task.pictures, encoders, settings.cache, batch_size=known.batch, share=share, show=show)
+    state.wait_for_everyone()
+    if state.is_main_process:
+        print(f"{len(task.dataset)} pictures are encoded in {settings.cache}")
+
+
+if __name__ == "__main__":
+    main()
