@@ -4,9 +4,11 @@ import hashlib
 import json
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 
@@ -65,3 +67,17 @@ def digest(path: Path) -> str:
     files = sorted(file for file in path.glob("**/*") if file.is_file())
     listed = "".join(f"{file.relative_to(path)} {sha256(file)}\n" for file in files)
     return hashlib.sha256(listed.encode()).hexdigest()
+
+
+def digest_beside(path: Path) -> Callable[[], str]:
+    """Begin a `digest` beside whatever goes on, and which the program's end does not wait for; the result waits."""
+    found: Future[str] = Future()
+
+    def work() -> None:
+        try:
+            found.set_result(digest(path))
+        except Exception as error:
+            found.set_exception(error)
+
+    Thread(target=work, daemon=True).start()
+    return found.result

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from jaxtyping import UInt8
+from PIL import ExifTags, ImageOps
 from PIL import Image as Pillow
-from PIL import ImageOps
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
@@ -85,12 +85,27 @@ def to_image(picture: Pillow.Image) -> Image:
 
 
 def read_text(path: str | Path) -> dict[str, str]:
-    """The text chunks of a PNG that stand before its pixels, which are not decoded. UserError for another file."""
+    """What is written in a picture beside its pixels, which are not decoded: a PNG's text chunks; of a JPEG or WebP the
+    comment that A1111 writes, as `parameters`, and the `name:value` that ComfyUI writes. UserError for another file."""
     try:
-        with Pillow.open(path, formats=["PNG"]) as picture:
-            return {str(key): str(value) for key, value in picture.info.items() if isinstance(value, str)}
+        with Pillow.open(path, formats=FORMATS) as picture:
+            if picture.format == "PNG":
+                return {str(key): str(value) for key, value in picture.info.items() if isinstance(value, str)}
+            exif = picture.getexif()
+            comment = exif.get_ifd(ExifTags.IFD.Exif).get(ExifTags.Base.UserComment, b"")
+            named = (str(exif.get(tag, "")).partition(":") for tag in (ExifTags.Base.Make, ExifTags.Base.Model))
+            text = {name: value for name, colon, value in named if colon}
+            return text | ({"parameters": _comment(comment)} if comment else {})
     except PILLOW_ERRORS as error:
-        raise UserError(f"cannot read {str(path)!r} as a PNG: {error}") from None
+        raise UserError(f"cannot read {str(path)!r} as a picture (PNG, JPEG or WebP): {error}") from None
+
+
+def _comment(value: bytes | str) -> str:
+    """EXIF's user comment: eight letters that name its code, then the text."""
+    if isinstance(value, str):
+        return value
+    code = {b"UNICODE\0": "utf-16-be"}.get(value[:8], "utf-8")
+    return value[8:].decode(code, errors="replace")
 
 
 def folder(path: str | Path) -> Path:

@@ -7,29 +7,25 @@ image = pipeline.txt2img(Request("a red apple", seed=1))  # (1, 3, h, w) in [-1,
 import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields, replace
-from functools import reduce
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 
 from ldm.canvas import Canvas
 from ldm.checkpoints import lora, native
 from ldm.checkpoints.files import open_safetensors
-from ldm.diffusion.editing import keep
-from ldm.diffusion.guidance import Conditional
 from ldm.diffusion.noise import SeededNoise
 from ldm.diffusion.samplers import Step, find_sampler
 from ldm.errors import UserError, nearest
 from ldm.families.load import load as load_model
 from ldm.families.source import INDEX
-from ldm.files import digest
-from ldm.models.autoencoder import Gaussian
+from ldm.files import digest, digest_beside
 from ldm.recipe import Made, Recipe, Request, versions
 from ldm.shapes import Image, Latent, Sigmas
+from ldm.start import begin
+from ldm.steering import Control, controlled, parse, read_controls, read_picture_prompt
 from ldm.text import inversion
 from ldm.text.reader import Reader
 
@@ -47,13 +43,9 @@ class Batch(NamedTuple):
     rows: slice
 
 
-class Start(NamedTuple):
-    """The first state of a run; concat: what an inpainting model sees beside it; known, mask: see `keep`."""
-
-    x: Latent
-    concat: Latent | None = None
-    known: Latent | None = None
-    mask: Latent | None = None
+def settings(request: Request) -> Request:
+    """What requests of one batch must share: all but prompt, negative and seeds."""
+    return replace(request, prompt="", negative="", seed=0, variation_seed=0)
 
 
 def batches(requests: Sequence[Request], size: int, made: Made | None = None) -> list[Batch]:
@@ -95,34 +87,44 @@ def choose(device: str = "auto", precision: str = "auto") -> tuple[torch.device,
     return chosen, precision
 
 
-def load(model: str = EMBEDDED, device: str = "auto", precision: str = "auto", vae: str = "") -> "Pipeline":
+def load(
+    model: str = EMBEDDED, device: str = "auto", precision: str = "auto", vae: str = "", *, offload: bool = False
+) -> "Pipeline":
     """Load a model by its name in the package or its path: a file of ours, of CompVis's layout, or a diffusers folder.
 
-    vae: the path of an autoencoder to use in place of its own. UserError for a file that is no model, or one that holds
-    an autoencoder alone.
+    vae: the path of an autoencoder to use in place of its own. offload: only the network that works is on the device.
+    UserError for a file that is no model, or one that holds an autoencoder alone.
     """
     path = find(model)
     where, precision = choose(device, precision)
-    with ThreadPoolExecutor(1) as beside:  # the digest of gigabytes takes as long as reading them
-        digested = beside.submit(digest, path)
-        loaded = load_model(path, where, PRECISIONS[precision], Path(vae) if vae else None)
-    made = Made(path.stem, digested.result(), str(where), precision, versions(), torch.get_num_threads())
-    made = replace(made, vae=Path(vae).stem)
-    return Pipeline(loaded, made)
+    loaded = load_model(path, "cpu" if offload else where, PRECISIONS[precision], Path(vae) if vae else None)
+    made = Made(path.stem, "", str(where), precision, versions(), torch.get_num_threads(), vae=Path(vae).stem)
+    painter = Pipeline(loaded, made, digest_beside(path))
+    painter.offload = offload
+    return painter
 
 
 class Pipeline:
     """A model that paints. One Request is one picture, its seed its own: company in a batch does not change it."""
 
-    def __init__(self, model: native.Model, made: Made) -> None:
+    def __init__(self, model: native.Model, made: Made, digested: Callable[[], str] | None = None) -> None:
+        """digested: gives the digest of the model's file, which `made` is still without, and may take its time."""
         self.model = model
-        self.made = made
+        self._made, self._digested = made, digested
         self.denoiser = model.denoiser()
         assert model.backbone is not None and model.conditioner is not None  # a denoiser has both
         self.conditioner = model.conditioner
         self.reader = Reader(model.conditioner)
-        self.adapters: list[Callable[[Conditional], Conditional]] = []  # each wraps the denoiser before guidance does
+        self.controls: list[Control] = []
+        self.offload = False
         self.multiple = model.autoencoder.factor * model.backbone.config.factor
+
+    @property
+    def made(self) -> Made:
+        """By what its pictures are made. The first to ask may wait until the digest of the model's file is known."""
+        if self._digested is not None:
+            self._made, self._digested = replace(self._made, model_hash=self._digested()), None
+        return self._made
 
     def complete(self, request: Request) -> Request:
         """Fill in the model's defaults. UserError, with the value and a remedy, for what the model cannot paint."""
@@ -138,6 +140,9 @@ class Pipeline:
         _between("steps", r.steps, 1, MAX_STEPS)
         self.denoiser.schedule.steps(r.steps, str(r.schedule))
         _between("seed", r.seed, 0, MAX_SEED)
+        _between("variation seed", r.variation_seed, 0, MAX_SEED)
+        if not 0 <= r.variation <= 1:
+            raise UserError(f"variation is {r.variation:g}: choose between 0, this seed's noise, and 1, the other's")
         if not math.isfinite(r.cfg_scale):
             raise UserError(f"cfg scale is {r.cfg_scale}: give a number such as {spec.defaults.cfg_scale:g}")
         if r.clip_skip is not None:
@@ -164,8 +169,12 @@ class Pipeline:
         elif base.strength is not None:
             raise UserError(f"strength {base.strength:g} is of a picture to start from: give that as --init-image")
         wanted = [prompt for prompt in prompts for _ in range(n)]
-        filled = [(self.reader.fill(prompt, base.seed + i), base.seed + i) for i, prompt in enumerate(wanted)]
-        return [self.complete(replace(base, prompt=prompt, seed=seed)) for prompt, seed in filled]
+        made = []
+        for i, prompt in enumerate(wanted):
+            seed, other = base.seed + i, base.variation_seed + (i if base.variation else 0)
+            filled = self.reader.fill(prompt, seed)
+            made.append(self.complete(replace(base, prompt=filled, seed=seed, variation_seed=other)))
+        return made
 
     def _levels(self, r: Request) -> Sigmas:
         """The noise levels of a run: all, or the last ones where it starts from a picture. UserError where none are."""
@@ -192,53 +201,34 @@ class Pipeline:
         """
         requests = [self.complete(request) for request in requests]
         r = requests[0]
-        if any(replace(r, prompt=o.prompt, negative=o.negative, seed=o.seed) != o for o in requests):
+        if any(settings(o) != settings(r) for o in requests):
             raise ValueError("requests of one batch differ in more than prompt, negative and seed")
         if r.sampler in ALONE and len(requests) > 1:
             raise ValueError(f"{r.sampler} makes one picture at a time: see `batches`")
         if (r.strength is None) != (canvas is None):
             raise ValueError(f"strength {r.strength} with canvas {canvas}: see `Canvas.request`")
-        assert r.sampler
+        assert r.sampler and r.height and r.width
         sigmas, noise = self._levels(r), SeededNoise([o.seed for o in requests])
-        start = self._start(r, noise, float(sigmas[0]), canvas)
-        denoiser = reduce(lambda inner, adapter: adapter(inner), self.adapters, self.denoiser)
-        denoise = self.reader.guide(denoiser, requests, sigmas, start.concat)
-        if start.known is not None and start.mask is not None:
-            denoise = keep(denoise, start.known, start.mask)
-        yield from find_sampler(r.sampler)(denoise, start.x, sigmas, noise)
+        if canvas is not None and canvas.image.shape[2:] != (r.height, r.width):
+            raise UserError(f"size {r.width}x{r.height} is not that of the picture to start from: leave it out")
+        self.place("autoencoder")
+        start = begin(self.model, requests, noise, float(sigmas[0]), canvas)
+        denoiser = controlled(self.denoiser, self.controls, sigmas, (r.height, r.width))
+        self.place("text")
+        denoise = start.hold(self.reader.guide(denoiser, requests, sigmas, start.concat))
+        steps = find_sampler(r.sampler)(denoise, start.x, sigmas, noise)
+        while True:
+            self.place("backbone")  # again after each step, as a preview may have moved it away
+            step = next(steps, None)
+            if step is None:
+                return
+            yield step
 
-    def _start(self, r: Request, noise: SeededNoise, sigma: float, canvas: Canvas | None) -> Start:
-        """The first state, and what holds it to a picture that is there; draws noise in the order of diffusers."""
-        backbone, autoencoder = self.model.spec.backbone, self.model.autoencoder
-        assert backbone and r.height and r.width
-        height, width = (math.ceil(side / self.multiple) * self.multiple for side in (r.height, r.width))
-        cells = (height // autoencoder.factor, width // autoencoder.factor)
-        empty = torch.empty((len(noise.generators), autoencoder.config.z_channels, *cells), device=self.made.device)
-        scale, inpaints = self.denoiser.schedule.start(sigma), backbone.in_channels > backbone.out_channels
-        canvas = canvas and canvas.padded(height, width)
-        mask = None if canvas is None else canvas.mask
-        anew = mask is not None and r.strength == 1  # under the mask nothing is left of what was there
-        known = None
-        if canvas is not None and not (anew and inpaints):
-            known = self.encode(canvas.image).sample(noise(empty))
-        eps = noise(empty)
-        x = eps * scale if known is None else known.add(eps, alpha=sigma)
-        painted = None if mask is None else F.adaptive_max_pool2d(mask, cells).to(x)
-        if inpaints:
-            if canvas is None or mask is None or painted is None:  # a mask that is full, and a picture that is empty
-                painted, rest = torch.ones_like(empty[:, :1]), self.encode(torch.zeros((1, 3, height, width))).mode
-            else:
-                painted, rest = painted.round(), self.encode(canvas.image * (mask < 0.5)).sample(noise(empty))
-            n = len(empty)
-            return Start(x, concat=torch.cat([painted.expand(n, -1, -1, -1), rest.expand(n, -1, -1, -1)], dim=1))
-        if known is None or painted is None:
-            return Start(x)
-        return Start(x.lerp(eps * scale, painted) if anew else x, known=known, mask=painted)
-
-    def encode(self, image: Image) -> Gaussian:
-        """Latents of pictures, in fp32."""
-        weight = next(self.model.autoencoder.parameters())
-        return Gaussian(*(part.float() for part in self.model.autoencoder.encode(image.to(weight))))
+    def place(self, name: str) -> None:
+        """Where memory is short, move a network to the device and the others off it: see `load`."""
+        if self.offload:
+            for other, network in sorted(self.model.modules.items(), key=lambda item: item[0] == name):
+                network.to(self._made.device if other == name else "cpu")
 
     @torch.no_grad()
     def decode(self, latents: Latent) -> Image:
@@ -251,8 +241,9 @@ class Pipeline:
         return pictures if canvas is None else canvas.finish(pictures)
 
     def _decode(self, latent: Latent) -> Image:
+        self.place("autoencoder")
         autoencoder = self.model.autoencoder
-        image = autoencoder.decode(latent.to(PRECISIONS[self.made.precision])).float()
+        image = autoencoder.decode(latent.to(PRECISIONS[self._made.precision])).float()
         if not image.isfinite().all():  # half precision overflows in some decoders
             image = copy.deepcopy(autoencoder).float().decode(latent.float())
         if not image.isfinite().all():
@@ -291,11 +282,27 @@ class Pipeline:
             self._put_in("lora", path, f":{weight:g}")
         return told
 
-    def _put_in(self, kind: str, path: Path, how: str = "") -> None:
-        self.made = replace(self.made, inputs=self.made.inputs | {f"{kind} {path.stem}{how}": digest(path)})
+    def control(self, specs: Sequence[str], pictures: Sequence[Path], drawn: Sequence[str] = ()) -> None:
+        """Let ControlNets and T2I-Adapters steer every picture from now on: see `read_controls`."""
+        self.controls += (controls := read_controls(self.model, specs, pictures, drawn))
+        for c in controls:
+            self._put_in("control", c.path, f":{c.weight:g}:{c.start:g}-{c.end:g}:{c.hint}")
 
-    def check(self, made: Made) -> None:
-        """UserError where a picture was made with another model than this."""
+    def show(self, spec: str, picture: Path, tower: Path) -> None:
+        """Let every picture from now on resemble this one, by an IP-Adapter: see `read_picture_prompt`."""
+        self.reader.show = read_picture_prompt(self.model, spec, picture, tower).show
+        self._put_in("ip-adapter", *parse(spec)[:1], f":{parse(spec)[1]:g}")
+        self._put_in("ip-image", picture)
+
+    def _put_in(self, kind: str, path: Path, how: str = "") -> None:
+        self._made = replace(self._made, inputs=self._made.inputs | {f"{kind} {path.stem}{how}": digest(path)})
+
+    def check(self, made: Made) -> list[str]:
+        """UserError where a picture was made with another model than this; a note where another program made it."""
+        if made.program:
+            return [
+                f"the picture is {made.program}'s, of the model {made.model or 'unknown'!r}: it will be another one"
+            ]
         if made.model_hash != self.made.model_hash:
             theirs, ours = (f"{m.model!r} ({m.model_hash[:10]})" for m in (made, self.made))
             raise UserError(f"the picture was made with the model {theirs}, not {ours}: give that file as --model")
@@ -307,13 +314,14 @@ class Pipeline:
             raise UserError(
                 f"the picture was decoded by the autoencoder {made.vae or 'of the model'!r}: give that as --vae"
             )
+        return []
 
     def notes(self, requests: Sequence[Request]) -> list[str]:
         """What a person wants to know before it starts: one line for the run, one for each prompt that is too long."""
-        r, made, n = requests[0], self.made, len(requests)
+        r, made, n = requests[0], self._made, len(requests)
         what = "1 picture, seed" if n == 1 else f"{n} pictures, seeds {r.seed} to"
         how = f"{r.width}x{r.height}, {r.sampler}, {r.schedule}, {r.steps} steps, cfg {r.cfg_scale:g}"
-        by = f"{made.model} {made.model_hash[:10]} on {made.device} in {made.precision}"
+        by = f"{made.model} on {made.device} in {made.precision}"
         lines = [f"{what} {requests[-1].seed}: {how}; model {by}"]
         return lines + self.reader.notes(requests)
 

@@ -11,31 +11,12 @@ import torch
 import ldm
 from ldm import config, images
 from ldm.errors import UserError
+from ldm.foreign import A1111_SAMPLERS, a1111, comfyui, fields_of
 from ldm.request import Request as Request
 
 CHUNK = "ldm"  # the PNG text chunk that holds a Recipe as JSON
 FORMAT = 1
 MAX_BATCH = 256
-# AUTOMATIC1111's web UI has these names for ours, so that its users and tools can read the `parameters` chunk.
-A1111_SAMPLERS = {
-    "ddim": "DDIM",
-    "euler": "Euler",
-    "euler_a": "Euler a",
-    "heun": "Heun",
-    "dpm2": "DPM2",
-    "dpm2_a": "DPM2 a",
-    "lms": "LMS",
-    "plms": "PLMS",
-    "dpm_adaptive": "DPM adaptive",
-    "dpmpp_2s_a": "DPM++ 2S a",
-    "dpmpp_2m": "DPM++ 2M",
-    "dpmpp_sde": "DPM++ SDE",
-    "dpmpp_2m_sde": "DPM++ 2M SDE",
-    "dpmpp_3m_sde": "DPM++ 3M SDE",
-    "unipc": "UniPC",
-    "restart": "Restart",
-    "lcm": "LCM",
-}
 
 
 @dataclass(frozen=True)
@@ -45,6 +26,7 @@ class Made:
     model: a name and never a path, for a picture should not tell of the disk it was made on; model_hash: the file's
     sha256. batch, row: its place among those made at once, as the last bits of arithmetic differ with the batch's size.
     vae: the name of another autoencoder than the model's own. inputs: sha256 of what else went in, by kind.
+    unfinished: how far it had come where it was stopped. program: another than this, whose settings were understood.
     """
 
     model: str = ""
@@ -57,6 +39,8 @@ class Made:
     row: int = 0
     vae: str = ""
     inputs: dict[str, str] = field(default_factory=dict)
+    unfinished: str = ""
+    program: str = ""
 
     def __post_init__(self) -> None:
         if not 0 <= self.row < self.batch <= MAX_BATCH:
@@ -98,6 +82,10 @@ class Recipe:
         }
         fields |= {"Clip skip": r.clip_skip} if r.clip_skip else {}
         fields |= {"VAE": made.vae} if made.vae else {}
+        fields |= {"Denoising strength": f"{r.strength:g}"} if r.strength is not None else {}
+        if r.variation:
+            fields |= {"Variation seed": r.variation_seed, "Variation seed strength": f"{r.variation:g}"}
+        fields |= {"Unfinished": made.unfinished} if made.unfinished else {}
         negative = [f"Negative prompt: {r.negative}"] if r.negative else []
         return "\n".join([r.prompt, *negative, ", ".join(f"{key}: {_quote(value)}" for key, value in fields.items())])
 
@@ -114,19 +102,32 @@ def fresh(seed: int) -> Recipe:
 
 
 def read(path: str | Path) -> Recipe:
-    """The recipe in a PNG of ours, read strictly: the file may come from anybody. UserError where there is none."""
-    text = images.read_text(path).get(CHUNK)
-    if text is None:
-        raise UserError(
-            f"{str(path)!r} holds no recipe: --from-image needs a picture that ldm wrote, not a grid or an edit"
-        )
+    """The recipe in a picture of ours, read strictly, or what A1111 or ComfyUI wrote of theirs, as far as it is known.
+
+    The file may come from anybody. UserError where there is none.
+    """
+    text = images.read_text(path)
+    if CHUNK not in text:
+        return _foreign(path, text)
     try:
-        data = json.loads(text)
+        data = json.loads(text[CHUNK])
         if isinstance(data, dict) and data.get("format") != FORMAT:
             raise UserError(f"its format is {data.get('format')!r}, this version reads {FORMAT}")
         return config.from_dict(Recipe, data)
     except (ValueError, RecursionError) as error:  # UserError and JSONDecodeError are ValueErrors
         raise UserError(f"the recipe in {str(path)!r} cannot be read: {error}") from None
+
+
+def _foreign(path: str | Path, text: dict[str, str]) -> Recipe:
+    parameters = text.get("parameters", "")
+    if "Steps: " in parameters:
+        fields = fields_of(parameters)
+        made = Made(fields.get("Model", ""), fields.get("Model hash", ""), program="AUTOMATIC1111")
+        return Recipe(a1111(parameters), made)
+    request = comfyui(text.get("prompt", ""))
+    if request is None:
+        raise UserError(f"{str(path)!r} holds no recipe that is known here: ldm's own, AUTOMATIC1111's or ComfyUI's")
+    return Recipe(request, Made(program="ComfyUI"))
 
 
 def read_prompts(path: str | Path) -> list[str]:

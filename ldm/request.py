@@ -3,12 +3,16 @@
 import argparse
 import typing
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from types import NoneType
 from typing import Any
 
+from ldm.errors import UserError, whole
 
-def _told(help: str, default: Any = None) -> Any:
-    return field(default=default, metadata={"help": help})
+
+def _told(help: str, default: Any = None, *, least: int | None = None, group: bool = False) -> Any:
+    """A field that is a flag too; least: of a whole number; group: of flags that exclude each other."""
+    return field(default=default, metadata={"help": help, "least": least, "group": group})
 
 
 @dataclass(frozen=True)
@@ -30,19 +34,66 @@ class Request:
     height: int | None = _told("pixels (the model's own, or the first picture's)")
     clip_skip: int | None = _told("read the text tower's n-th layer from the end (the model's own)")
     plain_prompt: bool = _told("take prompts as they stand, without (weights:1.2), [from:to:0.5], AND, BREAK", False)
+    variation: float = _told("how far to go towards the noise of --variation-seed, 0 to 1", 0.0)
+    variation_seed: int = _told("another seed, of the first picture; the next one has the next", 0)
     strength: float | None = _told("how much of --init-image to change, above 0 to 1 (0.75; 1 under a mask)")
 
 
-def add_flags(parser: argparse.ArgumentParser) -> None:
-    """A flag for each field of a Request but the prompt; a flag that is not given is None."""
-    hints = typing.get_type_hints(Request)
-    for f in fields(Request)[1:]:
-        kind = next(k for k in typing.get_args(hints[f.name]) or (hints[f.name],) if k is not NoneType)
+@dataclass(frozen=True)
+class Run:
+    """What a command says beside the request: which pictures, with what, and where they go."""
+
+    prompt: tuple[str, ...] = _told("what to paint; several paint several", (), group=True)
+    prompts_file: Path | None = _told("a text file, one prompt a line", group=True)
+    jobs: Path | None = _told("CSV or JSONL, a picture a row; done ones are left, so the command can go on", group=True)
+    from_image: Path | None = _told("paint a picture again, of ours or A1111's or ComfyUI's; flags change its recipe")
+    init_image: Path | None = _told("a picture to start from (PNG, JPEG, WebP)")
+    mask: str | None = _told("paint only where this picture is white; `alpha`: where --init-image is transparent")
+    expand: str | None = _told("pixels to paint around --init-image: 32, or LEFT,TOP,RIGHT,BOTTOM")
+    model: str | None = _told("a packaged model's name, or a path (embedded)")
+    vae: str = _told("another autoencoder: a file or folder, TAESD's too (the model's own)", "")
+    lora: tuple[str, ...] = _told("adapters, each FILE or FILE:0.8", ())
+    embedding: tuple[Path, ...] = _told("textual inversions; prompts name them as their files are named", ())
+    wildcards: Path | None = _told("folder whose name.txt holds lines for __name__ in prompts")
+    n: int = _told("pictures a prompt (1)", 1, least=1)
+    batch_size: int = _told("pictures made at once (4)", 4, least=1)
+    out: Path = _told("folder for the pictures (outputs)", Path("outputs"))
+    grid: bool = _told("write all pictures on one sheet as well", False)
+    preview: str | None = _told("file that shows the run on its way; - for the terminal")
+    preview_every: int = _told("steps from one preview to the next (5)", 5, least=1)
+    preview_vae: Path | None = _told("TAESD for previews (a linear map, fitted to the model)")
+    device: str | None = _told("auto, cpu, cuda, cuda:1 (auto)")
+    precision: str | None = _told("auto, fp32, bf16, fp16 (auto: bf16 on CUDA, else fp32)")
+    offload: bool = _told("keep on the device only the network that works: slower, a third of the memory", False)
+
+
+def add_flags(parser: argparse.ArgumentParser, of: type) -> None:
+    """A flag for each field of a dataclass that tells what it is; one that is not given is None."""
+    hints, group = typing.get_type_hints(of), parser.add_mutually_exclusive_group()
+    for f in fields(of):
+        if "help" not in f.metadata:
+            continue
+        many = typing.get_origin(hints[f.name]) is tuple
+        kind = next(k for k in typing.get_args(hints[f.name]) or (hints[f.name],) if k not in (NoneType, Ellipsis))
         how: dict[str, Any] = {"action": "store_true", "default": None} if kind is bool else {"type": kind}
-        parser.add_argument(f"--{f.name.replace('_', '-')}", help=f.metadata["help"], **how)
+        how |= {"nargs": "+", "action": "extend"} if many else {}
+        how |= {"type": whole(f.metadata["least"])} if f.metadata["least"] is not None else {}
+        place = group if f.metadata["group"] else parser
+        place.add_argument(f"--{f.name.replace('_', '-')}", help=f.metadata["help"], **how)
 
 
-def given(flags: argparse.Namespace) -> dict[str, Any]:
+def given(flags: argparse.Namespace, of: type) -> dict[str, Any]:
     """The fields that a command line gives a value."""
-    values = {f.name: getattr(flags, f.name) for f in fields(Request)[1:]}
-    return {name: value for name, value in values.items() if value is not None}
+    values = {f.name: getattr(flags, f.name, None) for f in fields(of) if "help" in f.metadata}
+    return {name: tuple(v) if isinstance(v, list) else v for name, v in values.items() if v is not None}
+
+
+def checked(run: Run) -> Run:
+    """The same run. UserError where it asks for nothing, or for what does not go together."""
+    if not (run.prompt or run.prompts_file or run.jobs or run.from_image):
+        raise UserError('nothing to paint: give --prompt "a red apple", --prompts-file, --jobs or --from-image')
+    if (run.mask or run.expand) and not run.init_image:
+        raise UserError("--mask and --expand change a picture: give it as --init-image")
+    if run.jobs and (run.from_image or run.grid or run.n > 1):
+        raise UserError("--jobs says itself what each picture is: give it without --from-image, --n and --grid")
+    return run

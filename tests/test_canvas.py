@@ -15,6 +15,7 @@ from ldm.diffusion.noise import SeededNoise
 from ldm.errors import UserError
 from ldm.pipeline import Pipeline
 from ldm.recipe import Request
+from ldm.start import encode
 
 APPLE = Request("a red apple", seed=5, cfg_scale=1.0)
 
@@ -105,7 +106,7 @@ def test_strength_is_how_many_steps_and_how_much_noise(painter: Pipeline, files:
     watched.denoiser = spy  # type: ignore[assignment]
     spy.schedule = painter.denoiser.schedule  # type: ignore[attr-defined]
     noise = SeededNoise([5])
-    known = painter.encode(start.padded(24, 32).image).sample(noise(torch.empty(1, 4, 12, 16)))
+    known = encode(painter.model, start.padded(24, 32).image).sample(noise(torch.empty(1, 4, 12, 16)))
     eps = noise(known)
     for strength, count in ((0.3, 3), (0.99, 9), (1.0, 10)):
         seen.clear()

@@ -11,17 +11,22 @@ FLOORS = (
     {"diffusion", "models", "data"},
     {"text", "adapters"},
     {"checkpoints"},
-    {"families", "images", "recipe", "canvas"},
-    {"pipeline", "training", "evaluation"},
+    {"families", "images", "recipe", "canvas", "steering", "start", "foreign"},
+    {"pipeline", "training", "evaluation", "preview", "jobs"},
+    {"painting"},
     {"serving", "scripts"},
 )
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 SIBLINGS = {
+    ("steering", "families"),  # networks from files
+    ("steering", "images"),
     ("training", "pipeline"),  # previews
     ("training", "evaluation"),  # metrics
     ("evaluation", "pipeline"),  # pictures to judge
     ("recipe", "images"),  # a recipe lives in a picture's file
     ("canvas", "images"),  # read from pictures' files
+    ("start", "canvas"),  # a run may begin with a picture
+    ("recipe", "foreign"),  # what others wrote
 }
 ORACLES = {"diffusers", "transformers", "pytest", "hypothesis", "beartype"}  # tests may, the package may not
 

@@ -51,7 +51,7 @@ def test_a_png_holds_its_pixels_and_its_text(tmp_path: Path) -> None:
 def test_what_is_no_png(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "x.png"
     path.write_bytes(content)
-    with pytest.raises(UserError, match=r"cannot read .* as a PNG"):
+    with pytest.raises(UserError, match=r"cannot read .* as a picture"):
         images.read_text(path)
     with pytest.raises(UserError, match="cannot read"):
         images.read_text(tmp_path / "absent.png")

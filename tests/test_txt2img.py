@@ -184,7 +184,7 @@ def test_a_picture_is_the_same_alone_and_in_a_batch(command: Command) -> None:
         (["--prompts-file", os.devnull], "holds no prompt"),
         (["--prompts-file", "x", "--prompt", "a"], "not allowed with"),
         (["--from-image", "absent.png"], "cannot read 'absent.png'"),
-        (["--from-image", str(SCRIPT)], "as a PNG"),
+        (["--from-image", str(SCRIPT)], "as a picture"),
     ],
     ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else "",
 )

@@ -28,6 +28,7 @@ def from_tensors(path: Path, tensors: dict[str, Tensor], conditioner: Conditione
     UserError where they are none, or made for another text tower.
     """
     config = conditioner.config
+    names: tuple[str, ...]
     if set(tensors) == {"clip_l", "clip_g"}:
         vectors, second, names = tensors["clip_l"], tensors["clip_g"], (path.stem,)
     elif len(tensors) == 1:

@@ -220,7 +220,8 @@ class _Parser:
     def square(self) -> tuple[Node, ...]:
         """[nodes], [a|b], [from:to:when] or [to:when]; with a colon but no number behind it, [nodes] again."""
         start = self.place
-        parts, signs = [], []
+        parts: list[tuple[Node, ...]] = []
+        signs: list[str] = []
         while not signs or signs[-1] != "]":
             self.place += 1
             parts.append(self.nodes("]|:"))

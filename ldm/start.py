@@ -1,0 +1,70 @@
+"""Where a run begins: the first noisy state, from noise alone or from a picture, and what holds it to that picture."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from ldm.canvas import Canvas
+from ldm.checkpoints.native import Model
+from ldm.diffusion.editing import keep, slerp
+from ldm.diffusion.guidance import Denoise
+from ldm.diffusion.noise import SeededNoise
+from ldm.models.autoencoder import Gaussian
+from ldm.request import Request
+from ldm.shapes import Image, Latent
+
+
+@dataclass(frozen=True)
+class Start:
+    """The first state of a run; concat: what an inpainting model sees beside it; known, mask: see `keep`."""
+
+    x: Latent
+    concat: Latent | None = None
+    known: Latent | None = None
+    mask: Latent | None = None
+
+    def hold(self, denoise: Denoise) -> Denoise:
+        """The denoiser, held to the picture where there is one to keep."""
+        return denoise if self.known is None or self.mask is None else keep(denoise, self.known, self.mask)
+
+
+def encode(model: Model, image: Image) -> Gaussian:
+    """Latents of pictures, in fp32."""
+    weight = next(model.autoencoder.parameters())
+    return Gaussian(*(part.float() for part in model.autoencoder.encode(image.to(weight))))
+
+
+def begin(model: Model, requests: Sequence[Request], noise: SeededNoise, sigma: float, canvas: Canvas | None) -> Start:
+    """The start of a batch of complete requests at level sigma; draws noise in the order of diffusers' pipelines."""
+    r, backbone, autoencoder = requests[0], model.backbone, model.autoencoder
+    assert backbone and r.height and r.width
+    multiple = autoencoder.factor * backbone.config.factor
+    height, width = (math.ceil(side / multiple) * multiple for side in (r.height, r.width))
+    cells = (height // autoencoder.factor, width // autoencoder.factor)
+    n, device = len(noise.generators), next(autoencoder.parameters()).device
+    empty = torch.empty((n, autoencoder.config.z_channels, *cells), device=device)
+    scale, inpaints = model.schedule.start(sigma), backbone.config.in_channels > backbone.config.out_channels
+    canvas = canvas and canvas.padded(height, width)
+    mask = None if canvas is None else canvas.mask
+    anew = mask is not None and r.strength == 1  # under the mask nothing is left of what was there
+    known = None
+    if canvas is not None and not (anew and inpaints):
+        known = encode(model, canvas.image).sample(noise(empty))
+    eps = noise(empty)
+    if r.variation:
+        other = SeededNoise([o.variation_seed for o in requests])(empty)
+        eps = slerp(eps, other, r.variation)
+    x = eps * scale if known is None else known.add(eps, alpha=sigma)
+    painted = None if mask is None else F.adaptive_max_pool2d(mask, cells).to(x)
+    if inpaints:
+        if canvas is None or mask is None or painted is None:  # a mask that is full, and a picture that is empty
+            painted, rest = torch.ones_like(empty[:, :1]), encode(model, torch.zeros((1, 3, height, width))).mode
+        else:
+            painted, rest = painted.round(), encode(model, canvas.image * (mask < 0.5)).sample(noise(empty))
+        return Start(x, concat=torch.cat([painted.expand(n, -1, -1, -1), rest.expand(n, -1, -1, -1)], dim=1))
+    if known is None or painted is None:
+        return Start(x)
+    return Start(x.lerp(eps * scale, painted) if anew else x, known=known, mask=painted)

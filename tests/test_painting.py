@@ -1,0 +1,244 @@
+"""A whole run: previews, a stop that loses nothing, jobs that go on, networks moved where memory is short."""
+
+import importlib.util
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image as Pillow
+from rich.console import Console
+
+from ldm import pipeline, preview, recipe
+from ldm.errors import UserError
+from ldm.jobs import read_jobs
+from ldm.models.autoencoder import Autoencoder
+from ldm.pipeline import Pipeline
+from ldm.recipe import Request
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def painter(tiny_model: Path) -> Pipeline:
+    return pipeline.load(str(tiny_model), "cpu")
+
+
+class Command:
+    def __init__(self, model: Path, out: Path, patch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+        self.model, self.out, self.patch, self.capsys = model, out, patch, capsys
+        spec = importlib.util.spec_from_file_location("txt2img", ROOT / "scripts/txt2img.py")
+        assert spec and spec.loader
+        self.script = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(self.script)
+
+    def __call__(self, *flags: object, code: int = 0) -> list[Path]:
+        arguments = ["txt2img", "--model", str(self.model), "--out", str(self.out), *map(str, flags)]
+        self.patch.setattr(sys, "argv", arguments)
+        if code:
+            with pytest.raises(SystemExit) as stop:
+                self.script.main()
+            assert stop.value.code == code
+        else:
+            self.script.main()
+        said = self.capsys.readouterr()
+        self.said = said.err
+        return [Path(line) for line in said.out.splitlines()]
+
+
+@pytest.fixture
+def command(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Command:
+    return Command(tiny_model, tmp_path / "out", monkeypatch, capsys)
+
+
+def stopped_after(count: int, patch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C while the step after the count-th is on its way."""
+    sample = Pipeline.sample
+
+    def stop(self: Pipeline, *arguments: object) -> Iterator[object]:
+        for number, step in enumerate(sample(self, *arguments)):  # type: ignore[arg-type]
+            if number == count:
+                raise KeyboardInterrupt
+            yield step
+
+    patch.setattr(Pipeline, "sample", stop)
+
+
+def test_a_stop_writes_the_state(command: Command) -> None:
+    whole = command("--prompt", "a cat", "--seed", 3, "--n", 2)
+    with pytest.MonkeyPatch.context() as patch:
+        stopped_after(2, patch)
+        states = command("--prompt", "a cat", "--seed", 3, "--n", 2, code=130)
+    assert len(states) == 2
+    made = recipe.read(states[0])
+    assert made.made.unfinished == "2 of 4 steps" and "Unfinished: 2 of 4 steps" in made.parameters()
+    assert made.request == recipe.read(whole[0]).request
+    assert states[0].read_bytes() != whole[0].read_bytes()
+    again = command("--from-image", states[1], "--seed", 4)
+    assert recipe.read(again[0]).made.unfinished == ""
+    with pytest.MonkeyPatch.context() as patch:
+        stopped_after(0, patch)
+        assert command("--prompt", "a cat", code=130) == []
+
+
+def rows(path: Path, *values: dict[str, object]) -> Path:
+    path.write_text("".join(json.dumps(value) + "\n" for value in values))
+    return path
+
+
+def test_jobs_go_on_with_the_same_bytes(command: Command, tmp_path: Path) -> None:
+    jobs = rows(
+        tmp_path / "jobs.jsonl",
+        {"prompt": "a cat", "seed": 5, "name": "cat"},
+        {"prompt": "a dog"},
+        {"prompt": "a dog", "negative": "red", "steps": 2},
+        {"prompt": "a cow", "steps": 2},
+        {"prompt": "a pig", "steps": 2},
+    )
+    flags = ["--jobs", jobs, "--batch-size", 2, "--seed", 40]
+    first = command(*flags)
+    assert [path.name for path in first] == ["cat.png", "00001.png", "00002.png", "00003.png", "00004.png"]
+    assert [recipe.read(path).request.seed for path in first] == [5, 41, 42, 43, 44]
+    assert [recipe.read(path).request.steps for path in first] == [4, 4, 2, 2, 2]
+    bytes_of = {path: path.read_bytes() for path in first}
+    assert command(*flags) == []
+    for path in first[1:4]:
+        path.unlink()
+    assert command(*flags) == first[1:4]
+    assert {path: path.read_bytes() for path in first} == bytes_of
+    first[4].unlink()
+    with pytest.MonkeyPatch.context() as patch:
+        stopped_after(1, patch)
+        assert command(*flags, code=130) == []  # no unfinished picture takes a job's name
+    assert command(*flags) == first[4:]
+    assert first[4].read_bytes() == bytes_of[first[4]]
+    rows(jobs, {"prompt": "another", "name": "cat"})
+    command(*flags, code=2)
+    assert "cat.png' is there, of other settings" in command.said
+
+
+def test_jobs_in_a_table(command: Command, tmp_path: Path) -> None:
+    (tmp_path / "jobs.csv").write_text(
+        'prompt,steps,cfg_scale,name,plain_prompt\n"a cat, red",3,2.5,x,\n"a :)",,,y,true\n'
+    )
+    made = [recipe.read(path).request for path in command("--jobs", tmp_path / "jobs.csv")]
+    assert [(r.prompt, r.steps, r.cfg_scale, r.plain_prompt) for r in made] == [
+        ("a cat, red", 3, 2.5, False),
+        ("a :)", 4, 3.0, True),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "says"),
+    [
+        ("a.csv", "", "holds no jobs"),
+        ("a.csv", "prompt,stepz\na,3\n", "job 1: unknown field 'stepz' .did you mean 'steps'"),
+        ("a.csv", "prompt,steps\na,many\n", "job 1: steps is 'many'"),
+        ("a.csv", "prompt,name\na,x\nb,x\n", "two jobs of the name 'x'"),
+        ("a.jsonl", '{"prompt": "a", "name": "../x"}', "'../x' is no file's"),
+        ("a.jsonl", "{", "neither CSV nor JSONL"),
+        ("a.jsonl", "3", "job 1 is '3': needs fields"),
+        ("a.jsonl", '{"prompt": 3.5, "steps": "x"}', "job 1: "),
+        ("absent", None, "cannot read jobs"),
+    ],
+)
+def test_jobs_that_are_none(tmp_path: Path, name: str, text: str | None, says: str) -> None:
+    if text is not None:
+        (tmp_path / name).write_text(text)
+    with pytest.raises(UserError, match=says):
+        read_jobs(tmp_path / name, Request("", seed=0))
+
+
+def test_jobs_go_alone(command: Command, tmp_path: Path) -> None:
+    jobs = rows(tmp_path / "jobs.jsonl", {"prompt": "a"})
+    command("--jobs", jobs, "--grid", code=2)
+    assert "--jobs says itself" in command.said
+    command("--jobs", jobs, "--prompt", "b", code=2)
+    assert "not allowed with" in command.said
+
+
+def test_a_preview_is_seen_on_the_way(command: Command, tmp_path: Path) -> None:
+    file, seen = tmp_path / "now.png", []
+    show = preview.Preview.__call__
+
+    def watch(self: preview.Preview, number: int, x0: torch.Tensor) -> None:
+        show(self, number, x0)
+        seen.append((number, file.read_bytes() if file.exists() else b""))
+
+    command.patch.setattr(preview.Preview, "__call__", watch)
+    command("--prompt", "a cat", "--preview", file, "--preview-every", 2)
+    assert [number for number, _ in seen] == [1, 2, 3, 4]
+    assert seen[0][1] == b"" and seen[1][1] == seen[2][1] != seen[3][1]
+    assert max(Pillow.open(file).size) == 256
+    command("--prompt", "a cat", "--preview", tmp_path, "--preview-every", 1, code=2)
+    assert "cannot write a preview" in command.said
+
+
+def test_a_preview_by_another_autoencoder(command: Command, tmp_path: Path) -> None:
+    command("--prompt", "a cat", "--preview", tmp_path / "a.png", "--preview-every", 1)
+    command("--prompt", "a cat", "--preview", tmp_path / "b.png", "--preview-every", 1, "--preview-vae", command.model)
+    assert Pillow.open(tmp_path / "b.png").size == (256, 256)
+    assert (tmp_path / "a.png").read_bytes() != (tmp_path / "b.png").read_bytes()
+    command("--prompt", "a cat", "--preview", tmp_path / "x.png", "--preview-vae", tmp_path / "absent", code=2)
+    assert "absent" in command.said
+
+
+def test_the_linear_map_shows_the_picture(painter: Pipeline) -> None:
+    """Of an autoencoder whose decoder is linear in its cells, it is the decoder."""
+    mix = torch.tensor([[0.3, -0.1, 0.2, 0.05], [0.1, 0.1, -0.2, 0.0], [0.0, 0.2, 0.1, -0.1]])
+
+    class Linear(Autoencoder):
+        def decode(self, latent: torch.Tensor) -> torch.Tensor:
+            mixed = torch.einsum("dc,bchw->bdhw", mix, latent) + 0.1
+            return mixed.repeat_interleave(2, 2).repeat_interleave(2, 3)
+
+    look = preview.projection(Linear(painter.model.spec.autoencoder))
+    latent = torch.randn(1, 4, 5, 6, generator=torch.Generator().manual_seed(1)) * 0.5
+    torch.testing.assert_close(look(latent), torch.einsum("dc,bchw->bdhw", mix, latent) + 0.1, atol=0.03, rtol=0)
+
+
+def test_pictures_in_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    pixels = torch.tensor([[[255, 0, 0]], [[0, 0, 255]], [[0, 255, 0]]], dtype=torch.uint8)
+    text = preview.blocks(pixels)
+    assert text.plain == "▀\n▀\n"
+    assert [str(span.style) for span in text.spans] == ["#ff0000 on #0000ff", "#00ff00 on #00ff00"]
+    show = preview.Preview(lambda x: x[:, :3], "-", 1, Console(force_terminal=False))
+    show(1, torch.zeros(1, 4, 2, 2))
+    assert capsys.readouterr().out == "▀▀\n\n"
+
+
+def test_only_the_network_that_works_is_on_the_device(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    painter = pipeline.load(str(tiny_model), "cpu", offload=True)
+    request = Request("a cat", seed=1)
+    expected = painter.txt2img(request)
+    where = dict.fromkeys(painter.model.modules, "cpu")
+    seen = []
+    painter._made = replace(painter.made, device="far")
+    for name, network in painter.model.modules.items():
+        monkeypatch.setattr(network, "to", lambda device, name=name: where.update({name: str(device)}))
+
+    def spy(name: str, owner: object, method: str) -> None:
+        inner = getattr(owner, method)
+
+        def call(*arguments: object, **more: object) -> object:
+            seen.append((name, sorted(n for n, device in where.items() if device == "far")))
+            return inner(*arguments, **more)
+
+        monkeypatch.setattr(owner, method, call)
+
+    spy("text", painter.conditioner, "encode")
+    spy("backbone", painter.model.backbone, "forward")
+    spy("autoencoder", painter.model.autoencoder, "decode")
+    assert torch.equal(painter.txt2img(request), expected)
+    assert {name for name, _ in seen} == {"text", "backbone", "autoencoder"}
+    assert all(there == [name] for name, there in seen)
+
+
+def test_it_asks_for_something_that_goes_together(command: Command) -> None:
+    command("--prompt", "a", "--preview", "x", "--preview-every", 0, code=2)
+    assert "'0' is not a whole number of at least 1" in command.said
