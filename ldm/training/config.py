@@ -198,3 +198,30 @@ class LdmRun:
     cache: str = ""
     samples: Samples = Samples()
     defaults: SamplingDefaults = SamplingDefaults()
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """rank, alpha (0: as rank): of the adapters, whose change counts alpha / rank. dora: learn magnitudes beside it.
+
+    targets: patterns of diffusers' names of weights; convolutions too (LoCon) with `unet.*conv?`, the text towers with
+    `text_encoder*.q_proj`. layout: whose names the file gets.
+    """
+
+    rank: int = 8
+    alpha: float = 0.0
+    dora: bool = False
+    targets: tuple[str, ...] = ("unet.*.to_?", "unet.*.to_out.0")
+    layout: Literal["kohya", "diffusers"] = "kohya"
+
+    def __post_init__(self) -> None:
+        if self.rank < 1 or self.alpha < 0:
+            raise ValueError(f"rank {self.rank} needs 1 or more, alpha {self.alpha} 0 or more")
+
+
+@dataclass(frozen=True)
+class LoraRun(LdmRun):
+    """scripts/train_lora.py: train_ldm's settings, of which `weights` names the model, and the adapters'."""
+
+    weights: str = "embedded"
+    lora: LoraConfig = LoraConfig()

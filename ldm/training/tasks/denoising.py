@@ -51,7 +51,8 @@ class DenoisingTask:
     """
 
     def __init__(self, config: LdmRun) -> None:
-        begun = load(Path(config.weights)) if config.weights else None
+        weights = str(EMBEDDED) if config.weights == "embedded" else config.weights
+        begun = load(Path(weights)) if weights else None
         self.config = config = _settled(config, begun)
         self.seed = config.run.seed
         self._source = Path(config.autoencoder)
@@ -63,7 +64,8 @@ class DenoisingTask:
         self.prediction, self.schedule = PREDICTIONS[config.prediction], make_schedule(config.schedule)
         self.weighting = find_weighting(config.loss.weighting, config.loss.gamma)
         self.networks: dict[str, nn.Module] = {"backbone": self.backbone}
-        if config.text.train:
+        self.trains_text = config.text.train
+        if self.trains_text:
             self.networks["text"] = self.text
         freeze(self.networks, config.freeze)
         check_patterns(self.networks, config.optim.rates, "optim.rates")
@@ -137,7 +139,7 @@ class DenoisingTask:
 
     def conditions(self, batch: Batch, dropped: Tensor) -> Conditioning:
         """Text states of a batch, kept or encoded now: of the empty caption where it is dropped."""
-        if "states" not in batch or self.config.text.train:
+        if "states" not in batch or self.trains_text:
             return self.encode_text(torch.where(dropped[:, None], self.empty, batch["tokens"]))
         empty = {} if self._cached is None else self._cached.empty or {}
         kept = {name: torch.from_numpy(empty[name]).to(self.device) for name in ("states", "vector") if name in empty}
@@ -148,7 +150,7 @@ class DenoisingTask:
 
     def encoders(self, *, text: bool, crops: int) -> Encoders:
         """What fills a cache. text: with states of the tower, which must be frozen."""
-        if text and self.config.text.train:
+        if text and self.trains_text:
             raise UserError("text states can be kept only of a tower that is not trained: set text.train to false")
 
         def states(captions: list[str]) -> States:
@@ -178,7 +180,7 @@ class DenoisingTask:
 
     def encode_text(self, ids: TokenIds) -> Conditioning:
         side = self.config.data.size
-        with torch.set_grad_enabled(self.config.text.train and torch.is_grad_enabled()):
+        with torch.set_grad_enabled(self.trains_text and torch.is_grad_enabled()):
             return self.text.encode(ids, (side, side))
 
     def validate(self) -> dict[str, float]:
@@ -213,6 +215,11 @@ class DenoisingTask:
 
     def export(self, path: Path, provenance: dict[str, Any]) -> None:
         """Write the whole model: everything that txt2img needs."""
+        model = self.model(provenance)
+        native.save(path, model.spec, model.modules)
+
+    def model(self, provenance: dict[str, Any] | None = None) -> Model:
+        """The networks as one model."""
         config = self.config
         spec = native.ModelSpec(
             self.autoencoder.config,
@@ -222,9 +229,9 @@ class DenoisingTask:
             config.prediction,
             config.schedule,
             config.defaults,
-            provenance,
+            provenance or {},
         )
-        native.save(path, spec, {"autoencoder": self.autoencoder, "backbone": self.backbone, "text": self.text})
+        return Model(spec, self.autoencoder, self.backbone, self.text)
 
 
 def _settled(config: LdmRun, begun: Model | None) -> LdmRun:
