@@ -156,10 +156,11 @@ class Inception(nn.Module):
             model.load_state_dict(state | dict.fromkeys(counters, torch.tensor(0)), assign=True)
         except RuntimeError as error:
             raise UserError(f"{str(path)!r} does not hold the 2015 Inception's weights: {error}") from None
-        return model.to(memory_format=torch.channels_last)
+        return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
-    def forward(self, pixels: UInt8[Tensor, "b 3 h w"]) -> Features:
-        x = ((resize(pixels.float()) - 128) / 128).contiguous(memory_format=torch.channels_last)
+    def forward(self, pixels: UInt8[Tensor, "b 3 h w"], side: int = SIDE) -> Features:
+        """side: what the pictures are resized to; FID's is 299, and less is faster."""
+        x = ((resize(pixels.float(), side) - 128) / 128).contiguous(memory_format=torch.channels_last)
         x = F.max_pool2d(self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x))), 3, 2)
         x = F.max_pool2d(self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(x)), 3, 2)
         for name in _MIXED:
@@ -168,13 +169,13 @@ class Inception(nn.Module):
         return Features(pool, None if self.fc is None else self.fc(pool))
 
 
-def resize(x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c 299 299"]:
+def resize(x: Float[Tensor, "b c h w"], side: int = SIDE) -> Float[Tensor, "b c {side} {side}"]:
     """Bilinear as in TensorFlow 1: the first pixels of both grids coincide, and nothing is smoothed before."""
     for dim in (2, 3):
         size = x.shape[dim]
         # fp32, as there: the last bit decides at whole numbers
-        place = torch.arange(SIDE, device=x.device, dtype=torch.float32) * torch.tensor(
-            size / SIDE, dtype=torch.float32
+        place = torch.arange(side, device=x.device, dtype=torch.float32) * torch.tensor(
+            size / side, dtype=torch.float32
         )
         low = place.long()
         share = (place - low).view(-1, *[1] * (3 - dim))

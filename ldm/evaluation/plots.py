@@ -3,8 +3,9 @@
 Each function returns a matplotlib Figure. The plane figures use a ring of six Gaussians, whose denoiser is exact.
 """
 
+import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ from ldm.diffusion.mixture import ring
 from ldm.diffusion.samplers import ORDERS, SAMPLERS, Step
 from ldm.diffusion.schedules import Schedule, ScheduleConfig, make_schedule
 from ldm.errors import UserError
+from ldm.evaluation.statistics import Estimate
 from ldm.shapes import Image
 
 if TYPE_CHECKING:
@@ -202,4 +204,19 @@ def painting(frames: Sequence[tuple[Image, Image, float]]) -> "Figure":
             _show(axes[1, i], x0[0])
         axes[0, 0].set_ylabel("x")
         axes[1, 0].set_ylabel(r"$x_0$")
+    return figure
+
+
+def curves(axis: str, places: Sequence[float], figures: Mapping[str, Sequence[Estimate]]) -> "Figure":
+    """Each figure over the settings it was measured at, with its interval."""
+    columns = min(4, len(figures))
+    rows = math.ceil(len(figures) / columns)
+    with _style():
+        figure, axes = _figure(rows, columns, 2.7 * columns, 2.2 * rows)
+        for place, (name, values), colour in zip(axes.flat, figures.items(), itertools.cycle(COLOURS), strict=False):
+            place.plot(places, [e.value for e in values], marker="o", markersize=4, color=colour)
+            place.fill_between(places, [e.low for e in values], [e.high for e in values], color=colour, alpha=0.15)
+            place.set(title=name, xlabel=axis, xticks=places)
+        for place in axes.flat[len(figures) :]:
+            place.remove()
     return figure

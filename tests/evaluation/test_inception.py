@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ldm.errors import UserError
 from ldm.evaluation.inception import Inception
-from ldm.text.open_clip import open_clip
+from ldm.text.open_clip import _torchvision_operators
 
 WEIGHTS = Path(__file__).parents[2] / "weights/inception.safetensors"
 
@@ -18,7 +18,7 @@ WEIGHTS = Path(__file__).parents[2] / "weights/inception.safetensors"
 @pytest.fixture(scope="module")
 def theirs() -> Callable[[dict[str, Tensor]], Callable[[Tensor], tuple[Tensor, Tensor]]]:
     """torch-fidelity's extractor with given weights, which it would else download."""
-    open_clip()  # torchvision imports
+    _torchvision_operators()  # so that torchvision imports
     from torch_fidelity import feature_extractor_inceptionv3 as module
 
     def build(state: dict[str, Tensor]) -> Callable[[Tensor], tuple[Tensor, Tensor]]:

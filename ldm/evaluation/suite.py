@@ -1,0 +1,390 @@
+"""The evaluation of a model or of ready pictures: which pictures each metric needs, made once and kept."""
+
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor
+
+from ldm.checkpoints.native import Model
+from ldm.errors import UserError, nearest
+from ldm.evaluation import statistics
+from ldm.evaluation.clip import load_clip
+from ldm.evaluation.inception import Inception
+from ldm.evaluation.judge import Judge, looks
+from ldm.evaluation.reconstruction import psnr, ssim
+from ldm.evaluation.statistics import Estimate
+from ldm.evaluation.store import Found, Kept, Pictures, Store, key, paint
+from ldm.families.load import load as load_model
+from ldm.files import digest, sha256
+from ldm.images import to_pixels
+from ldm.models.perceptual import LPIPS
+from ldm.pipeline import Pipeline, choose, find
+from ldm.pipeline import load as load_painter
+from ldm.recipe import Request
+
+Estimates = dict[str, Estimate]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is measured, of what.
+
+    model: a name or path, or "" with images, a folder of ready pictures. data: the real pictures; train: those it was
+    trained on, of which train_n are compared for `neighbours`. prompts: a YAML of groups of prompts, each painted
+    per_prompt times. n: pictures painted from the data's captions, 0 for as many as the data has. seed: of the first
+    picture. size: 0 for the model's own. rounds: of the bootstrap. The rest are files of weights.
+    """
+
+    metrics: tuple[str, ...]
+    model: str = ""
+    images: str = ""
+    data: str = ""
+    train: str = ""
+    train_n: int = 1000
+    prompts: str = "configs/evaluate/prompts.yaml"
+    per_prompt: int = 4
+    n: int = 0
+    seed: int = 0
+    size: int = 0
+    rounds: int = 200
+    device: str = "auto"
+    precision: str = "auto"
+    inception: str = "weights/inception.safetensors"
+    lpips: str = "weights/lpips_alex.safetensors"
+    judge: str = "weights/judge.safetensors"
+    clip: str = ""
+    clip_model: str = "ViT-B-32"
+
+    def __post_init__(self) -> None:
+        for name in self.metrics:
+            if name not in METRICS:
+                raise UserError(
+                    f"unknown metric {name!r}{nearest(name, list(METRICS))}: choose of {', '.join(METRICS)}"
+                )
+        if bool(self.model) == bool(self.images):
+            raise UserError("give either a model that paints or --images, a folder of ready pictures")
+        if self.images and (alone := set(self.metrics) & set(OF_AUTOENCODER)):
+            raise UserError(f"{', '.join(sorted(alone))} measure an autoencoder: give --model in place of --images")
+        for name, needed in NEEDS.items():
+            if name in self.metrics and not getattr(self, needed):
+                raise UserError(f"the metric {name} needs --{needed}")
+
+
+class Suite:
+    """A plan, and what is the same for all settings: networks and real pictures, loaded when first needed."""
+
+    def __init__(self, plan: Plan, store: Store) -> None:
+        self.plan, self.store = plan, store
+        self.rounds = plan.rounds if store.rank == 0 else 0  # the others help to paint, and need no intervals
+        self.notes: list[str] = []
+
+    @cached_property
+    def painter(self) -> Pipeline:
+        return load_painter(self.plan.model, self.plan.device, self.plan.precision)
+
+    @cached_property
+    def model(self) -> Model:
+        """The painter's, or what may be an autoencoder alone where nothing is painted."""
+        paints = set(self.plan.metrics) - set(OF_AUTOENCODER)
+        return self.painter.model if paints else load_model(find(self.plan.model), self.device)
+
+    @cached_property
+    def device(self) -> torch.device:
+        return choose(self.plan.device)[0]
+
+    @cached_property
+    def inception(self) -> Inception:
+        return Inception.load(self.plan.inception).to(self.device)
+
+    @cached_property
+    def lpips(self) -> LPIPS:
+        return LPIPS.load(self.plan.lpips).to(self.device)
+
+    @cached_property
+    def judge(self) -> Judge:
+        judge = Judge.load(self.plan.judge)
+        if judge.spec.inception != sha256(Path(self.plan.inception)):
+            raise UserError(
+                f"the judge {self.plan.judge!r} was trained on other features than {self.plan.inception!r}'s"
+            )
+        return judge
+
+    @cached_property
+    def size(self) -> int:
+        if self.plan.size or self.plan.images:
+            return self.plan.size
+        return self.model.spec.image_size
+
+    @cached_property
+    def real(self) -> Found:
+        if not self.plan.data:
+            raise UserError("these metrics need --data: held-back pictures, as shards or a folder")
+        return Found(self.plan.data, self.size or self.ready.size)
+
+    @cached_property
+    def ready(self) -> Found:
+        return Found(self.plan.images, self.plan.size)
+
+    @cached_property
+    def groups(self) -> dict[str, list[str]]:
+        try:
+            groups = yaml.safe_load(Path(self.plan.prompts).read_text("utf-8"))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise UserError(f"cannot read prompts from {self.plan.prompts!r}: {error}") from None
+        if not isinstance(groups, dict) or not all(isinstance(g, list) and g for g in groups.values()):
+            raise UserError(f"{self.plan.prompts!r} must hold groups of prompts, such as `seen: [a red apple]`")
+        return {str(name): [str(prompt) for prompt in group] for name, group in groups.items()}
+
+    def features(self, pictures: Pictures) -> dict[str, Tensor]:
+        """Inception's `pool` and, where its weights have a classifier, `logits`."""
+
+        @torch.no_grad()
+        def compute(part: range) -> dict[str, Tensor]:
+            found = self.inception(pictures.read(part).to(self.device))
+            return {"pool": found.pool} | ({} if found.logits is None else {"logits": found.logits})
+
+        name = key("inception", pictures.name, sha256(Path(self.plan.inception)))
+        return self.store.rows(name, len(pictures.texts), compute)
+
+    @cached_property
+    def reconstructed(self) -> tuple[Pictures, dict[str, Tensor]]:
+        """The real pictures after the autoencoder, and what each lost."""
+        real, autoencoder = self.real, self.model.autoencoder
+        lpips = self.lpips if "lpips" in self.plan.metrics else None
+
+        @torch.no_grad()
+        def compute(part: range) -> dict[str, Tensor]:
+            target = real.read(part).to(self.device) / 127.5 - 1
+            latent = autoencoder.encode(target.to(next(autoencoder.parameters()).dtype)).mode
+            again = autoencoder.decode(latent).float().clamp(-1, 1)
+            found = {"psnr": psnr(again, target), "ssim": ssim(again, target)}
+            found["pixels"] = to_pixels(again).permute(0, 3, 1, 2)
+            return found if lpips is None else found | {"lpips": lpips(again, target)}
+
+        weights = sha256(Path(self.plan.lpips)) if lpips else ""
+        name = key("reconstructed", digest(find(self.plan.model)), self.plan.precision, real.name, weights)
+        figures = self.store.rows(name, len(real.texts), compute)
+        return Kept(name, real.texts, self.store.make(name, len(real.texts), compute), self.store.chunk), figures
+
+    def measure(self, settings: Mapping[str, Any]) -> "Measured":
+        """All metrics of the plan, of pictures painted with these fields of a Request."""
+        measured = Measured(self, settings)
+        measured.metrics = {
+            name: estimate for metric in self.plan.metrics for name, estimate in METRICS[metric](measured).items()
+        }
+        return measured
+
+
+class Measured:
+    """One setting: its pictures and figures."""
+
+    metrics: Estimates
+
+    def __init__(self, suite: Suite, settings: Mapping[str, Any]) -> None:
+        self.suite, self.settings = suite, settings
+
+    def _paint(self, prompts: Sequence[str]) -> Pictures:
+        base = replace(Request("", seed=self.suite.plan.seed), **self.settings)
+        return paint(self.suite.painter, self.suite.painter.requests(base, prompts), self.suite.store)
+
+    @cached_property
+    def captioned(self) -> Pictures:
+        """What is compared with the data: painted from its captions, or ready."""
+        plan, suite = self.suite.plan, self.suite
+        return suite.ready if plan.images else self._paint(suite.real.captions(plan.n or len(suite.real.texts)))
+
+    @cached_property
+    def prompted(self) -> Pictures:
+        """Several pictures of each prompt, or the ready ones."""
+        plan = self.suite.plan
+        if plan.images:
+            return self.suite.ready
+        prompts = [prompt for group in self.suite.groups.values() for prompt in group]
+        return self._paint([prompt for prompt in prompts for _ in range(plan.per_prompt)])
+
+    @cached_property
+    def features(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        return self.suite.features(self.captioned), self.suite.features(self.suite.real)
+
+    @cached_property
+    def verdicts(self) -> list[tuple[str, str]]:
+        """What the judge says that each prompted picture shows."""
+        judge, suite, pictures = self.suite.judge, self.suite, self.prompted
+        name = key("judged", pictures.name, judge.spec.inception, judge.spec.side)
+        seen = suite.store.rows(
+            name, len(pictures.texts), lambda part: looks(pictures.read(part), suite.inception, judge.spec.side)
+        )
+        return judge.verdicts(seen["features"], seen["histogram"])
+
+    @cached_property
+    def right(self) -> list[tuple[bool, bool]]:
+        """Whether the name and the colour of each prompted picture are those asked for; any colour where none was."""
+        asked = [self.suite.judge.spec.asked(text) for text in self.prompted.texts]
+        return [(n == name, c in (colour, "")) for (name, colour), (n, c) in zip(self.verdicts, asked, strict=True)]
+
+    @cached_property
+    def neighbours(self) -> tuple[Found, Tensor, Tensor, Tensor]:
+        """Training pictures; distances and indices (n, 4) of the nearest to each picture; held-back ones' distances."""
+        train = Found(self.suite.plan.train, self.suite.size, self.suite.plan.train_n)
+        known = self.suite.features(train)["pool"]
+        made, real = (features["pool"] for features in self.features)
+        return train, *statistics.nearest(made, known, 4), statistics.nearest(real, known)[0][:, 0]
+
+
+def _fid(m: Measured) -> Estimates:
+    made, real = m.features
+    return {"fid": statistics.fid(made["pool"], real["pool"], m.suite.rounds)}
+
+
+def _kid(m: Measured) -> Estimates:
+    made, real = m.features
+    return {"kid": statistics.kid(made["pool"], real["pool"], m.suite.rounds)}
+
+
+def _inception_score(m: Measured) -> Estimates:
+    logits = m.suite.features(m.captioned).get("logits")
+    if logits is None:
+        m.suite.notes.append("no Inception score: its weights hold no classifier (`fc.weight`)")
+        return {}
+    n = len(logits)
+    score = statistics.resampled(lambda i, _: statistics.inception_score(logits[i]), n, n, m.suite.rounds)
+    return {"inception_score": score}
+
+
+def _manifold(m: Measured) -> statistics.Manifold:
+    made, real = m.features
+    try:
+        return statistics.manifold(made["pool"], real["pool"])
+    except ValueError as error:
+        raise UserError(f"precision, recall, density and coverage: {error}; paint more (--n)") from None
+
+
+def _pr(m: Measured) -> Estimates:
+    found = _manifold(m)
+    return {"precision": statistics.mean(found.precision), "recall": statistics.mean(found.recall)}
+
+
+def _dc(m: Measured) -> Estimates:
+    found = _manifold(m)
+    return {"density": statistics.mean(found.density), "coverage": statistics.mean(found.coverage)}
+
+
+def _clip(m: Measured) -> Estimates:
+    plan, pictures = m.suite.plan, m.captioned
+    if not all(pictures.texts):
+        raise UserError("CLIP score needs a text for each picture: a .txt beside it, or pictures that ldm painted")
+    score = load_clip(Path(plan.clip), plan.clip_model)
+    found = m.suite.store.rows(
+        key("clip", pictures.name, pictures.texts, sha256(Path(plan.clip)), plan.clip_model),
+        len(pictures.texts),
+        lambda part: {"score": score(pictures.read(part), [pictures.texts[i] for i in part])},
+    )
+    return {"clip": statistics.mean(found["score"])}
+
+
+def _diversity(m: Measured) -> Estimates:
+    """Mean LPIPS between the pictures of one prompt, over prompts."""
+    pictures, lpips = m.prompted, m.suite.lpips
+    rows = {text: [i for i, other in enumerate(pictures.texts) if other == text] for text in pictures.texts}
+    several = [same for same in rows.values() if len(same) > 1]
+    if not several:
+        raise UserError("diversity needs two pictures or more of a prompt: see --per-prompt")
+
+    @torch.no_grad()
+    def compute(part: range) -> dict[str, Tensor]:
+        found = []
+        for same in several[part.start : part.stop]:
+            images = pictures.read(same).float().to(m.suite.device) / 127.5 - 1
+            left, right = zip(*itertools.combinations(range(len(same)), 2), strict=True)
+            found.append(lpips(images[list(left)], images[list(right)]).mean())
+        return {"lpips": torch.stack(found)}
+
+    name = key("diversity", pictures.name, several, sha256(Path(m.suite.plan.lpips)))
+    return {"diversity": statistics.mean(m.suite.store.rows(name, len(several), compute)["lpips"])}
+
+
+def _judge(m: Measured) -> Estimates:
+    """How often the judge names what was asked, by group of prompts."""
+    right = torch.tensor(m.right).double()
+    group_of = {prompt: name for name, group in m.suite.groups.items() for prompt in group}
+    of = [group_of.get(text, "other") for text in m.prompted.texts]
+    found: Estimates = {}
+    for group in dict.fromkeys(of):
+        mine = right[[i for i, name in enumerate(of) if name == group]]
+        for what, values in {"accuracy": mine.prod(1), "name": mine[:, 0], "colour": mine[:, 1]}.items():
+            found[f"{what}_{group}"] = statistics.mean(values)
+    spec = m.suite.judge.spec
+    met = [prompt for prompt in m.suite.groups.get("new", []) if _met(spec.pairs, *spec.asked(prompt))]
+    if met and not m.suite.plan.images:
+        m.suite.notes.append(f"not new, for the corpus shows them: {', '.join(met)}")
+    return found
+
+
+def _met(pairs: Mapping[str, Sequence[str]], name: str, colour: str) -> bool:
+    return not colour or colour in pairs.get(name, ())
+
+
+def _neighbours(m: Measured) -> Estimates:
+    """How near the nearest training picture is, also to held-back pictures, which cannot be copies.
+
+    copied: the share that is nearer than 99 % of the held-back pictures are.
+    """
+    _, distances, _, held = m.neighbours
+    near = distances[:, 0]
+    copied = near < torch.quantile(held, 0.01)
+    return {
+        "nearest_train": statistics.mean(near),
+        "nearest_train_of_held_back": statistics.mean(held),
+        "copied": statistics.mean(copied.double()),
+    }
+
+
+def _reconstructed(what: str) -> Callable[[Measured], Estimates]:
+    def measure(m: Measured) -> Estimates:
+        again, figures = m.suite.reconstructed
+        if what != "rfid":
+            return {what: statistics.mean(figures[what])}
+        x, y = (m.suite.features(pictures)["pool"] for pictures in (again, m.suite.real))
+        return {"rfid": statistics.fid(x, y, m.suite.rounds)}
+
+    return measure
+
+
+OF_AUTOENCODER = ("rfid", "psnr", "ssim", "lpips")
+METRICS: dict[str, Callable[[Measured], Estimates]] = {
+    "fid": _fid,
+    "kid": _kid,
+    "is": _inception_score,
+    "pr": _pr,
+    "dc": _dc,
+    "clip": _clip,
+    "diversity": _diversity,
+    "judge": _judge,
+    "neighbours": _neighbours,
+    **{name: _reconstructed(name) for name in OF_AUTOENCODER},
+}
+NEEDS = {"clip": "clip", "neighbours": "train"} | dict.fromkeys(("fid", "kid", "pr", "dc", *OF_AUTOENCODER), "data")
+
+
+def settings(texts: Sequence[str]) -> dict[str, list[Any]]:
+    """`steps=4,8` as {"steps": [4, 8]}: fields of a Request that say how to paint. UserError for other ones."""
+    kinds: dict[str, type] = {"steps": int, "cfg_scale": float, "width": int, "height": int, "clip_skip": int}
+    kinds |= dict.fromkeys(("sampler", "schedule", "negative"), str)
+    found: dict[str, list[Any]] = {}
+    for text in texts:
+        name, _, values = text.partition("=")
+        if name not in kinds:
+            raise UserError(
+                f"no way of painting is called {name!r}{nearest(name, list(kinds))}: use {', '.join(kinds)}"
+            )
+        try:
+            found[name] = [kinds[name](value) for value in values.split(",")]
+        except ValueError:
+            raise UserError(f"{text!r} cannot be read: write it as steps=4,8,16") from None
+    return found

@@ -1,0 +1,157 @@
+"""How a judge is made: which pictures show what, how they are changed so that a name is its shape, and the fit."""
+
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Int
+from torch import Tensor
+
+from ldm.errors import UserError
+from ldm.evaluation.inception import Inception
+from ldm.evaluation.judge import COLOURS, Judge, JudgeSpec, looks
+from ldm.evaluation.store import Found, Pixels, Store, key
+from ldm.files import sha256
+
+_WORDS = re.compile(rf"\b({'|'.join(COLOURS)})\b")
+
+
+@dataclass(frozen=True)
+class JudgeRun:
+    """names: patterns for what the corpus calls each; most: pictures taken of a name.
+
+    inception: its weights; side: at which it looks; size: of the pictures; steps: of the fit.
+    """
+
+    data: str
+    validation: str
+    names: dict[str, str]
+    inception: str = "weights/inception.safetensors"
+    most: int = 30
+    side: int = 139
+    size: int = 128
+    seed: int = 0
+    steps: int = 400
+
+
+@dataclass(frozen=True)
+class Labels:
+    """Of each picture: which name and which colour, -1 for none; and all the colours that its captions speak of."""
+
+    names: Int[Tensor, " b"]
+    colours: Int[Tensor, " b"]
+    spoken: list[set[str]]
+
+    @classmethod
+    def read(cls, pictures: Found, spec: JudgeSpec) -> "Labels":
+        names, colours, spoken = [], [], []
+        for columns in pictures.columns:
+            found, colour = spec.name(str(columns.get("name", ""))), str(columns.get("colour", ""))
+            names.append(list(spec.names).index(found) if found else -1)
+            colours.append(COLOURS.index(colour) if colour in COLOURS else -1)
+            spoken.append(set(_WORDS.findall(" ".join([colour, *columns["captions"]]).lower())))
+        return cls(torch.tensor(names), torch.tensor(colours), spoken)
+
+
+def make_judge(run: JudgeRun, store: Store) -> Judge:
+    """Train a judge and measure it on the held-back pictures. UserError for a name that no picture has."""
+    inception, spec = Inception.load(run.inception), JudgeSpec(run.names, sha256(Path(run.inception)), run.side)
+    corpus, held = Found(run.data, run.size), Found(run.validation, run.size)
+    known, truth = Labels.read(corpus, spec), Labels.read(held, spec)
+
+    def look(pictures: Found, rows: list[int], changed: bool = False) -> dict[str, Tensor]:
+        def compute(part: range) -> dict[str, Tensor]:
+            rng = torch.Generator().manual_seed(run.seed + part.start)
+            pixels = pictures.read(rows[part.start : part.stop])
+            if changed:
+                pixels = blurred(pixels, rng)
+                pixels[::2] = recoloured(pixels[::2], rng)
+            return looks(pixels, inception, run.side)
+
+        name = key("looks", pictures.name, rows, changed, spec.inception, run.side, run.seed)
+        return store.rows(name, len(rows), compute)
+
+    rng, chosen, pairs = torch.Generator().manual_seed(run.seed), list[int](), dict[str, tuple[str, ...]]()
+    for index, name in enumerate(spec.names):
+        rows = (known.names == index).nonzero().flatten()
+        if not len(rows):
+            raise UserError(f"no picture of the corpus is called {name!r}: change its pattern or leave it out")
+        chosen += rows[torch.randperm(len(rows), generator=rng)[: run.most]].tolist()
+        pairs[name] = tuple(sorted(set().union(*(known.spoken[row] for row in rows.tolist()))))
+    views = [look(corpus, chosen), look(corpus, chosen, changed=True)]
+    features, histograms = (torch.cat([view[what] for view in views]) for what in ("features", "histogram"))
+    names, colours = known.names[chosen].repeat(2), known.colours[chosen].repeat(2)
+    colours[len(chosen) :: 2] = -1  # chunks are even, so these are the recoloured ones
+    judge = Judge(replace(spec, pairs=pairs))
+    fit(judge, features, histograms, names, colours, run)
+    there = ((truth.names >= 0) | (truth.colours >= 0)).nonzero().flatten()
+    seen = look(held, there.tolist())
+    with torch.no_grad():
+        found = judge(seen["features"], seen["histogram"])
+    accuracy = dict[str, float]()
+    for what, logits, right in zip(("name", "colour"), found, (truth.names[there], truth.colours[there]), strict=True):
+        told = right >= 0
+        accuracy |= {what: float((logits.argmax(1) == right)[told].double().mean()), f"{what}s": float(told.sum())}
+    judge.spec = replace(judge.spec, accuracy=accuracy)
+    return judge
+
+
+def blurred(pixels: Pixels, rng: torch.Generator) -> Pixels:
+    """Pictures moved, zoomed, perhaps mirrored and softened as a model's may be; the colours stay."""
+    b, _, h, w = pixels.shape
+    zoom = torch.empty(b).uniform_(0.85, 1.25, generator=rng)
+    flip = torch.randint(2, (b,), generator=rng) * 2 - 1
+    move = torch.empty(b, 2).uniform_(-0.1, 0.1, generator=rng)
+    theta = torch.zeros(b, 2, 3)
+    theta[:, 0, 0], theta[:, 1, 1], theta[:, :, 2] = zoom * flip, zoom, move
+    paper = 255 - pixels.float()  # beside the picture there is white
+    moved = F.grid_sample(paper, F.affine_grid(theta, [b, 3, h, w], align_corners=False), align_corners=False)
+    side = int(torch.randint(h // 3, h + 1, (), generator=rng))
+    soft = F.interpolate(F.interpolate(moved, side, mode="area"), (h, w), mode="bilinear", align_corners=False)
+    return (255 - soft).round().clamp(0, 255).byte()
+
+
+def recoloured(pixels: Pixels, rng: torch.Generator) -> Pixels:
+    """Pictures whose channels change places, each in its own way: a name is not to be read from a colour."""
+    orders = torch.stack([torch.randperm(3, generator=rng) for _ in range(len(pixels))])
+    return pixels[torch.arange(len(pixels))[:, None], orders]
+
+
+def fit(
+    judge: Judge,
+    features: Tensor,
+    histograms: Tensor,
+    names: Int[Tensor, " b"],
+    colours: Int[Tensor, " b"],
+    run: JudgeRun,
+) -> None:
+    """Fit both heads; a rare name weighs more, but not as much more as it is rare."""
+    share = torch.bincount(names[names >= 0], minlength=len(judge.spec.names)).clamp(min=1)
+    weight = (share.float().mean() / share).sqrt()
+    rng = torch.Generator().manual_seed(run.seed)
+    with torch.no_grad():
+        for parameter in judge.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=rng) * parameter[0].numel() ** -0.5)
+        judge.names.weight.zero_()
+    heads: list[dict[str, Any]] = [
+        {"params": judge.names.parameters()},
+        {"params": judge.colours.parameters(), "lr": 1e-2},
+    ]
+    optimiser = torch.optim.AdamW(heads, lr=2e-3, weight_decay=0.1)
+    rate = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, run.steps)
+    judge.train()
+    for _ in range(run.steps):
+        rows = torch.randint(len(names), (256,), generator=rng)
+        named, coloured = judge(features[rows], histograms[rows])
+        loss = F.cross_entropy(named, names[rows], weight, label_smoothing=0.05)
+        told = colours[rows] >= 0
+        if told.any():
+            loss = loss + F.cross_entropy(coloured[told], colours[rows][told])
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        rate.step()
+    judge.eval()
