@@ -1,6 +1,7 @@
 """Batches from a dataset, by processes that read ahead: the same ones on any number of ranks and workers."""
 
 import itertools
+import signal
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -96,6 +97,7 @@ def _batches(dataset: Dataset, positions: "_Positions", limits: Limits, workers:
         pin_memory=torch.cuda.is_available(),
         prefetch_factor=4 if workers else None,
         timeout=limits.patience if workers else 0,
+        worker_init_fn=_outlive,
     )
     damaged = read = 0
     coming = iter(batches)
@@ -118,6 +120,11 @@ def _batches(dataset: Dataset, positions: "_Positions", limits: Limits, workers:
         if damaged:
             batch["damaged"] = damaged
         yield batch
+
+
+def _outlive(worker: int) -> None:
+    """A SIGTERM to all processes, as clusters send it, is for the one that trains: its step still needs data."""
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(60))
 
 
 def _explained(error: RuntimeError, dataset: Dataset, wanted: list[int], limits: Limits, workers: int) -> Exception:

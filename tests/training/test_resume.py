@@ -70,6 +70,15 @@ def until_saved(trainee: Trainee, run: Path) -> None:
         time.sleep(0.02)
 
 
+def test_a_signal_to_every_process_of_a_run_still_saves_it(server: Server, tmp_path: Path):
+    trainee = server.start("vae", tmp_path, ["--run.steps", "100000", "--data.workers", "2"], ranks=2)
+    until_saved(trainee, tmp_path)
+    trainee.signal(signal.SIGTERM)  # as Slurm does: the processes that read data get it too
+    assert trainee.wait() == [128 + signal.SIGTERM] * 2, trainee.said
+    assert "which is saved" in trainee.said
+    assert int(checkpoint.complete(tmp_path / "checkpoints")[-1].name) == records(tmp_path)[-1]["step"]
+
+
 def test_a_rank_that_dies_takes_the_other_down_with_a_message(server: Server, tmp_path: Path):
     trainee = server.start("vae", tmp_path, ["--run.steps", "100000", "--run.checkpoint_every", "5"], ranks=2)
     until_saved(trainee, tmp_path)
