@@ -48,6 +48,7 @@ clean:
 	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps k-diffusion==0.1.1.post1
 	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target .venv/compvis stable-diffusion-sdkit==2.1.3
+	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target .venv/optional bitsandbytes==0.50.2
 	@touch $@
 
 .PHONY: weights corpus

@@ -78,9 +78,14 @@ class Denoiser(nn.Module):
         one = level(sigma)
         if one is not None:
             skip, out, inp, label = self.at(one, len(x), x.dtype, x.device)
-            answer = evaluate(self.backbone, x * inp, label, cond)
+            answer = self._answer(x * inp, label, cond)
             return (x if skip is None else x * skip).add(answer, alpha=out)
         sigma = sigma.to(x.dtype)
         scaling = columns(self.prediction(sigma), x)
-        answer = evaluate(self.backbone, scaling.inp * x, self.schedule.label(sigma), cond)
+        answer = self._answer(scaling.inp * x, self.schedule.label(sigma), cond)
         return scaling.skip * x + scaling.out * answer
+
+    def _answer(self, z: Latent, label: Tensor, cond: Any) -> Latent:
+        """The network's, without the variances that it may say behind it: no sampler here asks for them."""
+        answer = evaluate(self.backbone, z, label, cond)
+        return answer if answer.shape == z.shape else answer[:, : z.shape[1]]

@@ -5,9 +5,11 @@ from collections.abc import Callable, Iterable
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 from torch import Tensor
 
+from ldm.evaluation.statistics import frechet
+from ldm.images import to_pixels
 from ldm.models.autoencoder import Autoencoder
 from ldm.shapes import Image
 
@@ -51,23 +53,35 @@ def _blur(x: Tensor) -> Tensor:
 
 @torch.no_grad()
 def reconstruction_report(
-    autoencoder: Autoencoder, batches: Iterable[AnyImages], lpips: Callable[[Image, Image], PerImage] | None = None
+    autoencoder: Autoencoder,
+    batches: Iterable[AnyImages],
+    lpips: Callable[[Image, Image], PerImage] | None = None,
+    features: Callable[[UInt8[Tensor, "_ 3 h w"]], Float[Tensor, "_ d"]] | None = None,
 ) -> dict[str, float]:
     """Means over all pictures of `batches`: psnr (dB), ssim, and lpips where a distance is given.
 
-    A picture is decoded from the mode of its latent and clamped to [-1, 1]. ValueError where there is no picture.
+    features: of pixels, Inception's, say; with them rfid, the Frechet distance of reconstructions from originals. A
+    picture is decoded from the mode of its latent and clamped to [-1, 1]. ValueError where there is no picture.
     """
     device = next(autoencoder.parameters()).device
     metrics: dict[str, Callable[[Image, Image], PerImage]] = {"psnr": psnr, "ssim": ssim}
     if lpips is not None:
         metrics["lpips"] = lpips
     sums, images = dict.fromkeys(metrics, 0.0), 0
+    rows: tuple[list[Tensor], list[Tensor]] = ([], [])
     for batch in batches:
         target = batch.to(device)
         again = autoencoder.decode(autoencoder.encode(target).mode).clamp(-1, 1)
         images += len(target)
         for name, metric in metrics.items():
             sums[name] += metric(again, target).sum().item()
+        for row, pictures in zip(rows, (again, target), strict=True):
+            row.extend(
+                []
+                if features is None
+                else [features(rearrange(to_pixels(pictures), "b h w c -> b c h w").to(device)).cpu()]
+            )
     if not images:
         raise ValueError("no picture to reconstruct")
-    return {name: total / images for name, total in sums.items()}
+    report = {name: total / images for name, total in sums.items()}
+    return report if features is None else report | {"rfid": frechet(torch.cat(rows[0]), torch.cat(rows[1]))}

@@ -8,6 +8,7 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torch import Tensor
 
 from ldm.evaluation.reconstruction import psnr, reconstruction_report, ssim
+from ldm.evaluation.statistics import frechet
 from ldm.models.autoencoder import Autoencoder, AutoencoderConfig
 
 
@@ -71,3 +72,20 @@ def test_report_is_a_mean_over_pictures() -> None:
     assert set(reconstruction_report(model, [pictures])) == {"psnr", "ssim"}
     with pytest.raises(ValueError, match="no picture"):
         reconstruction_report(model, [])
+
+
+def test_rfid_is_the_distance_of_the_features_of_both() -> None:
+    torch.manual_seed(0)
+    model = Autoencoder(AutoencoderConfig(channels=(8, 8), groups=4, res_blocks=1, mid_attention=False))
+    pictures, seen = torch.rand(6, 3, 16, 16) * 2 - 1, []
+
+    def features(pixels: Tensor) -> Tensor:
+        assert pixels.dtype == torch.uint8
+        seen.append(pixels)
+        return pixels.float().mean((2, 3))
+
+    report = reconstruction_report(model, [pictures[:4], pictures[4:]], features=features)
+    again = model.decode(model.encode(pictures).mode).clamp(-1, 1).detach()
+    rows = [((x + 1) * 127.5).round().mean((2, 3)) for x in (again, pictures)]
+    assert report["rfid"] == pytest.approx(frechet(*rows), rel=1e-4) and report["rfid"] > 0
+    assert torch.equal(torch.cat(seen[1::2]), ((pictures + 1) * 127.5).round().to(torch.uint8))

@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from safetensors.torch import save_file
 from ldm.checkpoints import native
 from ldm.data.dataset import to_image
 from ldm.errors import UserError
+from ldm.evaluation.inception import Inception
 from ldm.models.autoencoder import AutoencoderConfig
 from ldm.models.discriminator import adaptive_weight, hinge_g
 from ldm.models.perceptual import LPIPS
@@ -239,9 +241,22 @@ def test_validation_is_of_the_shards_held_back(vae, lpips_weights):
     assert set(build(vae, "--run.validate_on", "3").validate()) == {"seen_psnr", "seen_ssim"}
 
 
+def test_rfid_is_measured_where_there_are_weights(vae, monkeypatch: pytest.MonkeyPatch):
+    class Colours(torch.nn.Module):
+        def forward(self, pixels: torch.Tensor) -> SimpleNamespace:
+            assert not torch.is_autocast_enabled("cpu")
+            return SimpleNamespace(pool=pixels.float().mean((2, 3)))
+
+    monkeypatch.setattr(Inception, "load", lambda path: Colours() if path == "some.safetensors" else None)
+    task = build(vae, "--loss.fid_weights", "some.safetensors", "--run.validate_on", "4")
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert task.validate()["seen_rfid"] > 0
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
+        (["--loss.fid_weights", "nowhere.safetensors"], "cannot read Inception weights 'nowhere.safetensors'"),
         (["--loss.lpips", "1"], "give loss.lpips_weights a file"),
         (["--loss.lpips", "1", "--loss.lpips_weights", "nowhere.safetensors"], "make weights"),
         (["--weights", "nowhere.safetensors"], "nowhere.safetensors"),

@@ -110,7 +110,12 @@ def test_a_learned_variance_trains_loads_and_paints(ldm, tmp_path: Path):
     assert value != loss(build(ldm, "--backbone.out_channels", "8", "--loss.vlb", "0"))
     with torch.no_grad():
         task.export(tmp_path / "model", {})
-    assert native.load(tmp_path / "model").spec.backbone.out_channels == 8
+        assert task.sample()[0].shape == (2, 3, 32, 32)
+    model = native.load(tmp_path / "model")
+    assert model.spec.backbone.out_channels == 8
+    x, sigma, cond = torch.randn(2, 4, 8, 8), torch.tensor([1.0, 2.0]), model.conditioner(["a", "b"])
+    both = [model.denoiser()(x[i : i + 1], sigma[i : i + 1], cond[i : i + 1]) for i in (0, 1)]
+    torch.testing.assert_close(model.denoiser()(x, sigma, cond), torch.cat(both), rtol=1e-4, atol=1e-4)
 
 
 def test_dropped_captions_are_the_empty_one(ldm):

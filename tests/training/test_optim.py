@@ -2,6 +2,7 @@
 
 import math
 import sys
+from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
@@ -42,7 +43,14 @@ def test_only_matrices_decay():
         torch.testing.assert_close(new.data, old.data * (0.95 if old.ndim > 1 else 1.0))
 
 
+# Apart, since diffusers and transformers would import it wherever it can be found.
+OPTIONAL = Path(sys.prefix) / "optional"
 KINDS = {"adamw": "", "adamw8bit": "bitsandbytes", "prodigy": "prodigyopt", "adafactor": "", "muon": ""}
+
+
+@pytest.fixture(autouse=True)
+def optional(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(OPTIONAL)
 
 
 def learner(kind: str, precision: str = "no", **settings) -> Learner:

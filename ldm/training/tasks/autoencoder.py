@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import UInt8
 from torch import Tensor, nn
 
 from ldm.checkpoints import native
@@ -169,11 +170,16 @@ class AutoencoderTask:
 
     def validate(self) -> dict[str, float]:
         """PSNR (dB), SSIM and, where their weights are given, LPIPS and rFID of held-back pictures."""
-        inception = self.inception
-        features = None if inception is None else lambda pixels: inception(pixels).pool
-        with torch.autocast(self.device.type, enabled=False):  # FID is defined in fp32
-            report = reconstruction_report(self.autoencoder, self._held_back(), self.perceptual, features)
+        features = None if self.inception is None else self._features
+        report = reconstruction_report(self.autoencoder, self._held_back(), self.perceptual, features)
         return {f"{self.held_back.name}_{name}": value for name, value in report.items()}
+
+    def _features(self, pixels: UInt8[Tensor, "b 3 h w"]) -> Tensor:
+        """Inception's, in fp32, in which FID is defined."""
+        assert self.inception is not None
+        with torch.autocast(self.device.type, enabled=False):
+            pool: Tensor = self.inception(pixels).pool
+        return pool
 
     def sample(self) -> tuple[Image, int]:
         """Held-back pictures above their reconstructions."""
