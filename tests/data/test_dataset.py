@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from ldm.data.dataset import Batch, DataConfig, TokenMemo, loader, open_dataset, open_validation, to_image
-from ldm.data.images import decode
+from ldm.data.dataset import Batch, DataConfig, TokenMemo, decode_for, loader, open_dataset, open_validation, to_image
+from ldm.data.images import decode, square
 from ldm.data.order import locate
 from ldm.data.shards import Damaged, Shards, write_shard
 from ldm.errors import UserError
@@ -172,3 +172,23 @@ def test_tokens_ride_along_and_each_caption_is_tokenised_once(config):
 def test_images_lie_in_minus_one_to_one():
     image = torch.tensor([0, 255, 51], dtype=torch.uint8).reshape(3, 1, 1, 1).expand(3, 3, 2, 2)
     assert to_image(image)[:, 0, 0, 0].tolist() == pytest.approx([-1, 1, -0.6])
+
+
+@pytest.mark.parametrize("kind, exact", [("PNG", True), ("JPEG", False)])
+def test_a_large_picture_is_decoded_no_larger_than_needed(tmp_path, encoded, monkeypatch, kind, exact):
+    """A JPEG comes out of the decoder small, looks the same and keeps its own size in what is told of it."""
+    ramp = np.linspace(0, 255, 400)[:, None] * np.ones(300) / 2 + np.linspace(0, 120, 300)[None]
+    large = Image.fromarray(np.repeat(ramp[..., None], 3, 2).astype(np.uint8))
+    data = encoded(large, kind, **({} if exact else {"quality": 95}))
+    write_shard(tmp_path / "a.tar", [("0", {"jpg": data, "txt": b"ramp"})])
+    dataset = open_dataset(DataConfig(shards=str(tmp_path / "a.tar"), size=64))
+    decoded, full = decode_for(data, 64)
+    assert full == (300, 400) and decoded.size == ((300, 400) if exact else (75, 100))
+    view = dataset.row(0)
+    assert view.size_ids == [400, 300, 11, 0, 64, 64]  # 50 rows of 400 above the square, shrunk with it
+    error = np.abs(view.pixels.astype(int) - np.asarray(square(large, 64)).astype(int))
+    assert error.mean() < 1 and error.max() < 8
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    decoded, full = decode_for(encoded(large, "JPEG", exif=turned), 64)
+    assert full == decoded.size == (400, 300)  # upright, and so as it is
