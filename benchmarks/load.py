@@ -21,8 +21,8 @@ sys.path.insert(0, str(ROOT))
 
 OURS = """
 from ldm import pipeline
-from ldm.text.open_clip import open_clip
-open_clip()
+from ldm.text.open_clip import part
+part("transformer"), part("tokenizer")
 imported()
 from ldm.recipe import Request
 pipe = pipeline.load(PATH, "cpu", "PRECISION")
@@ -31,8 +31,8 @@ next(iter(pipe.sample([Request("a red apple", sampler="ddim", steps=20, width=64
 """
 THEIRS = """
 import torch
-from ldm.text.open_clip import open_clip
-open_clip()  # torchvision's operators
+from ldm.text.open_clip import _torchvision_operators
+_torchvision_operators()
 from diffusers import StableDiffusionPipeline
 imported()
 pipe = StableDiffusionPipeline.from_pretrained(PATH, torch_dtype=torch.DTYPE)

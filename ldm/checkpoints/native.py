@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from ldm import config
 from ldm.checkpoints.files import SafeFile, Tensors, brief, open_safetensors
@@ -169,11 +170,20 @@ def _fill(file: SafeFile, spec: ModelSpec, device: torch.device | str, dtype: to
         raise UserError(f"{str(file.path)!r} does not fit its own spec: {error}") from None
 
 
+class _Unfilled(TorchFunctionMode):
+    """Networks are built without initial values: on the meta device the random ones import half of torch's compiler."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **(kwargs or {}))
+
+
 def skeleton(spec: ModelSpec, path: Path) -> Model:
     """A spec's networks without weights, on the meta device. UserError where such networks cannot be."""
     try:
         _check_size(config.to_dict(spec))
-        with torch.device("meta"):
+        with torch.device("meta"), _Unfilled():
             return build(spec)
     except UserError as error:
         raise UserError(f"{str(path)!r}: {error}") from None

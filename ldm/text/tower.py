@@ -188,7 +188,9 @@ def _tower(config: TextConfig) -> Any:
         mlp_ratio=(config.mlp or 4 * config.width) / config.width,
         output_dim=config.projection or None,
         act_layer=transformer.QuickGELU if config.quickgelu else nn.GELU,
+        no_causal_mask=True,
     )
+    del tower.attn_mask
     with torch.device("cpu"):  # not a weight: filled here even where the weights still wait on the meta device
         tower.register_buffer("attn_mask", tower.build_causal_mask(), persistent=False)
     return tower
