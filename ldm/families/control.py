@@ -130,8 +130,11 @@ def _t2i(shapes: Mapping[str, tuple[int, ...]], start: str, layout: str, like: U
     return T2IConfig(channels, blocks, first[1] // factor**2, factor, halves)
 
 
-def save_controlnet(folder: Path, network: ControlNet, side: int, metadata: Mapping[str, Any]) -> None:
-    """Write diffusers' folder of a ControlNet for latents of `side`. UserError where it has no words for it."""
+def save_controlnet(folder: Path, network: ControlNet, side: int, metadata: Mapping[str, Any]) -> Path:
+    """Write diffusers' folder of a ControlNet for latents of `side`; returns its file of weights.
+
+    UserError where diffusers has no words for it.
+    """
     data = unet_to(network.config, side, TextConfig())
     for name in ("up_block_types", "sample_size", "out_channels", "mid_block_type"):
         data.pop(name)
@@ -145,9 +148,11 @@ def save_controlnet(folder: Path, network: ControlNet, side: int, metadata: Mapp
     weights = {name: value.detach().cpu().contiguous() for name, value in network.state_dict().items()}
     tensors = names.controlnet(network, layout="diffusers").save(weights)
     folder.mkdir(parents=True, exist_ok=True)
-    with replacing(folder / "diffusion_pytorch_model.safetensors") as temporary:
+    path = folder / "diffusion_pytorch_model.safetensors"
+    with replacing(path) as temporary:
         save_file(tensors, temporary, {"ldm.provenance": json.dumps(metadata)})
     write_json(folder / "config.json", data)
+    return path
 
 
 _UNET_ONLY = {"conv_in_kernel", "conv_out_kernel", "resnet_out_scale_factor", "time_embedding_type", "attention_type"}

@@ -93,7 +93,7 @@ def read(
         row[: len(chunk) + 2] = torch.tensor([end - 1, *(piece.id for piece in chunk), end])
         weight[1 : len(chunk) + 1] = torch.tensor([piece.weight for piece in chunk])
     each = [score for score, text in zip(scores, texts, strict=True) for _ in text]
-    with _extended(conditioner, embeddings if bool((ids < 0).any()) else ()):
+    with extended(conditioner, embeddings if bool((ids < 0).any()) else ()):
         states = conditioner.encode(ids.to(device), size, scores=each, layer=layer)
     tokens = _weigh(
         states.tokens, weights.to(device), [config.width, *([config.second.width] if config.second else [])]
@@ -124,7 +124,7 @@ def _weigh(tokens: Tensor, weights: Tensor, widths: list[int]) -> Tensor:
 
 
 @contextmanager
-def _extended(conditioner: Conditioner, embeddings: Sequence[Embedding]) -> Iterator[None]:
+def extended(conditioner: Conditioner, embeddings: Sequence[Embedding]) -> Iterator[None]:
     """Towers that read the embeddings' rows where an id is below 0."""
     with ExitStack() as stack:
         if embeddings:

@@ -225,3 +225,35 @@ class LoraRun(LdmRun):
 
     weights: str = "embedded"
     lora: LoraConfig = LoraConfig()
+
+
+@dataclass(frozen=True)
+class ControlRun(LdmRun):
+    """scripts/train_controlnet.py: train_ldm's settings, of which `weights` names the model.
+
+    hint: what is drawn of each picture: canny, soft_edges, lineart, or none, the picture itself.
+    """
+
+    weights: str = "embedded"
+    hint: Literal["canny", "soft_edges", "lineart", "none"] = "canny"
+
+
+@dataclass(frozen=True)
+class InversionConfig:
+    """token: the new word as captions hold it; vectors: how many it stands for; start: a word to begin as."""
+
+    token: str = "<mine>"
+    vectors: int = 1
+    start: str = "object"
+
+    def __post_init__(self) -> None:
+        if self.vectors < 1 or not self.token.strip():
+            raise ValueError(f"vectors {self.vectors} needs 1 or more, token {self.token!r} a word")
+
+
+@dataclass(frozen=True)
+class InversionRun(LdmRun):
+    """scripts/train_inversion.py: train_ldm's settings, of which `weights` names the model, and the new word's."""
+
+    weights: str = "embedded"
+    inversion: InversionConfig = InversionConfig()

@@ -1,31 +1,42 @@
 """What fine-tuning writes, other programs read: LoRAs trained here paint the same in diffusers."""
 
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from PIL import Image as Pillow
+from safetensors.torch import load_file
 
 from ldm import config
 from ldm.checkpoints import lora
+from ldm.checkpoints.native import Model
 from ldm.conditioning import Conditioning
+from ldm.data.options import PrepareConfig
+from ldm.data.prepare import prepare
 from ldm.errors import UserError
+from ldm.families.control import load_control
 from ldm.families.load import load
-from ldm.training.config import LoraRun
+from ldm.request import Request
+from ldm.text import inversion
+from ldm.text.chunks import read
+from ldm.text.reader import Reader
+from ldm.training.config import ControlRun, InversionRun, LoraRun
 from ldm.training.loop import train
+from ldm.training.tasks.controlnet import ControlTask
+from ldm.training.tasks.inversion import InversionTask
 from ldm.training.tasks.lora import LoraTask
 
 SHARDS = Path(__file__).parents[1] / "assets/shards/{00000..00001}.tar"
-LORA = f"""
+TUNED = f"""
 data: {{shards: '{SHARDS}', size: 32, workers: 0}}
 optim: {{lr: 5e-2}}
 run: {{steps: 2, batch_size: 2, trackers: [], log_every: 1, sample_every: 0, validate_on: 2, ema: {{decay: 0}}}}
 samples: {{prompts: [a red apple]}}
 defaults: {{sampler: euler, steps: 1, cfg_scale: 1.0}}
-lora: {{rank: 3, alpha: 2}}
 """
 
 
@@ -39,9 +50,20 @@ def fresh_accelerator() -> Iterator[None]:
 
 
 @pytest.fixture
-def settings(tmp_path: Path) -> Callable[..., LoraRun]:
-    (tmp_path / "lora.yaml").write_text(LORA)
-    return lambda model, *overrides: config.load(LoraRun, tmp_path / "lora.yaml", ["--weights", str(model), *overrides])
+def settings(tmp_path: Path, folders: dict[str, Path]) -> Callable[..., Any]:
+    """settings(LoraRun, "--lora.rank", "3"): a run of two steps on a tiny model of SD 1's layout."""
+    (tmp_path / "tuned.yaml").write_text(TUNED)
+    base = ["--weights", str(folders["sd1"])]
+    return lambda kind, *overrides: config.load(kind, tmp_path / "tuned.yaml", [*base, *overrides])
+
+
+@pytest.fixture
+def base(folders: dict[str, Path]) -> Model:
+    return load(folders["sd1"])
+
+
+def relative(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    return ((ours - theirs).norm() / theirs.norm()).item()
 
 
 def answer(backbone: Any, tokens: torch.Tensor) -> torch.Tensor:
@@ -61,35 +83,29 @@ CASES = {
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_trained_lora_works_alike_here_and_in_diffusers(
-    case: str, settings: Callable[..., LoraRun], folders: dict[str, Path], tmp_path: Path
+    case: str, settings: Callable[..., LoraRun], base: Model, folders: dict[str, Path], tmp_path: Path
 ) -> None:
     from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+    from transformers import CLIPTextModel, CLIPTokenizer
 
-    torch.manual_seed(0)
-    task = LoraTask(settings(folders["sd1"], *CASES[case]))
-    base = load(folders["sd1"])
-    train(task, settings(folders["sd1"], *CASES[case]), tmp_path / "run")
-    frozen = {
-        n.replace(".parametrizations", "").replace(".original", ""): v for n, v in task.backbone.state_dict().items()
-    }
+    run = settings(LoraRun, "--lora.rank", "3", "--lora.alpha", "2", *CASES[case])
+    task = LoraTask(run)
+    train(task, run, tmp_path / "run")
     assert base.backbone is not None and base.conditioner is not None
+    state = task.backbone.state_dict()
+    frozen = {name.replace("parametrizations.weight.original", "weight"): value for name, value in state.items()}
     assert all(torch.equal(frozen[name], value) for name, value in base.backbone.state_dict().items())
 
     ids = base.conditioner.tokenize(["a red apple"])
     with torch.no_grad():
-        plain, tuned = (answer(net, text.encode(ids).tokens) for net, text in
-                        ((base.backbone, base.conditioner), (task.backbone, task.text)))  # fmt: skip
-    assert ((tuned - plain).norm() / plain.norm()).item() > 1e-3, "training must have moved something"
+        plain = answer(base.backbone, base.conditioner.encode(ids).tokens)
+        tuned = answer(task.backbone, task.text.encode(ids).tokens)
+    assert relative(tuned, plain) > 1e-3, "training must have moved something"
     injected = lora.inject(base, lora.read(tmp_path / "run/model.safetensors"))
     assert not injected.unmatched
     with torch.no_grad():
         tokens = base.conditioner.encode(ids).tokens
-    again = answer(base.backbone, tokens)
-    assert ((again - tuned).norm() / tuned.norm()).item() < 1e-5
-
-    index = json.loads((folders["sd1"] / "model_index.json").read_text())
-    assert index  # the folder's own index names no classes: the parts are given
-    from transformers import CLIPTextModel, CLIPTokenizer
+    assert relative(answer(base.backbone, tokens), tuned) < 1e-5
 
     folder = folders["sd1"]
     pipe = StableDiffusionPipeline(
@@ -101,13 +117,102 @@ def test_a_trained_lora_works_alike_here_and_in_diffusers(
     pipe.load_lora_weights(tmp_path / "run/model.safetensors")
     with torch.no_grad():
         theirs = pipe.text_encoder(ids).last_hidden_state
-    assert ((tokens - theirs).norm() / theirs.norm()).item() < 1e-5
-    expected = answer(lambda z, label, cond: pipe.unet(z, label, cond.tokens).sample, theirs)
-    assert ((tuned - expected).norm() / expected.norm()).item() < 1e-5
+    assert relative(tokens, theirs) < 1e-5
+    assert relative(tuned, answer(lambda z, label, cond: pipe.unet(z, label, cond.tokens).sample, theirs)) < 1e-5
 
 
-def test_a_pattern_that_fits_nothing_is_refused(settings: Callable[..., LoraRun], folders: dict[str, Path]) -> None:
+def test_a_pattern_that_fits_nothing_is_refused(settings: Callable[..., LoraRun]) -> None:
     with pytest.raises(UserError, match="'unet.nothing' fits no weight of this model"):
-        LoraTask(settings(folders["sd1"], "--lora.targets", "[unet.*.to_q, unet.nothing]"))
+        LoraTask(settings(LoraRun, "--lora.targets", "[unet.*.to_q, unet.nothing]"))
     with pytest.raises(UserError, match="rank 0 needs 1"):
-        settings(folders["sd1"], "--lora.rank", "0")
+        settings(LoraRun, "--lora.rank", "0")
+
+
+def test_a_trained_controlnet_moves_alone_and_diffusers_opens_it(
+    settings: Callable[..., ControlRun], base: Model, tmp_path: Path
+) -> None:
+    from diffusers import ControlNetModel
+
+    run = settings(ControlRun, "--hint", "soft_edges")
+    task = ControlTask(run)
+    train(task, run, tmp_path / "run")
+    assert base.backbone is not None
+    assert all(torch.equal(task.backbone.state_dict()[n], v) for n, v in base.backbone.state_dict().items())
+    assert any(layer.weight.any() for layer in task.control.zero), "training must have moved something"
+    theirs = ControlNetModel.from_pretrained(tmp_path / "run/controlnet")
+    hint, tokens = torch.rand(1, 3, 16, 16), torch.randn(1, 16, 64)
+    ours = load_control(tmp_path / "run/model.safetensors", base.backbone.config)
+    z, label = torch.randn(1, 4, 8, 8), torch.tensor([500.0])
+    with torch.no_grad():
+        down, middle = theirs(z, label, tokens, hint, return_dict=False)
+        for network in (ours, task.control):
+            control = network(z, label, Conditioning(tokens), hint)
+            for mine, other in zip([*control.skips, control.middle], [*down, middle], strict=True):
+                assert relative(mine, other) < 1e-5
+    assert (tmp_path / "run/samples/00000002.png").is_file()
+
+
+def test_hints_need_pictures(settings: Callable[..., ControlRun]) -> None:
+    with pytest.raises(UserError, match="hints are drawn from the pictures"):
+        ControlTask(settings(ControlRun, "--cache", "somewhere"))
+
+
+@pytest.fixture
+def named(tmp_path: Path) -> str:
+    """Shards whose captions hold a new word."""
+    rng = np.random.default_rng(0)
+    for i in range(4):
+        picture = Pillow.fromarray(rng.integers(0, 255, (32, 32, 3), dtype=np.uint8))
+        (tmp_path / "photos").mkdir(exist_ok=True)
+        picture.save(tmp_path / f"photos/{i}.png")
+        (tmp_path / f"photos/{i}.txt").write_text("a photo of <mine>")
+    prepare([str(tmp_path / "photos")], PrepareConfig(out=str(tmp_path / "named"), size=32), lambda done, total: None)
+    return str(tmp_path / "named/00000.tar")
+
+
+def test_a_learnt_word_moves_alone_and_reads_alike_here_and_in_diffusers(
+    settings: Callable[..., InversionRun], named: str, base: Model, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    from diffusers import StableDiffusionPipeline
+    from transformers import CLIPTextModel, CLIPTokenizer
+
+    run = settings(
+        InversionRun, "--data.shards", named, "--inversion.vectors", "3", "--inversion.start", "red apple",
+        "--loss.caption_dropout", "0",
+    )  # fmt: skip
+    task = InversionTask(run)
+    start = task.word.tables[0].detach().clone()
+    assert base.conditioner is not None
+    first, second, *_ = base.conditioner.tokenizer.encode("red apple")
+    assert torch.equal(start[:2], base.conditioner.tower.token_embedding.weight[[first, second]])
+    train(task, run, tmp_path / "run")
+    assert not torch.equal(task.word.tables[0], start)
+    text = base.conditioner
+    assert text is not None
+    assert all(torch.equal(task.text.state_dict()[n], v) for n, v in text.state_dict().items())
+
+    reader = Reader(text, [inversion.from_tensors(path := tmp_path / "run/model.safetensors", load_file(path), text)])
+    part = reader.parsed(Request("a <mine> here"))[0].at(0, 1)[0]
+    with torch.no_grad():
+        ours = read(text, [reader.chunks(part)], (32, 32), scores=[6.0], embeddings=reader.embeddings).tokens
+        trained = task.encode_text(task.tokenize(["a <mine> here"])).tokens
+    assert relative(ours, trained) < 1e-5
+    folder = folders["sd1"]
+    pipe = StableDiffusionPipeline(
+        vae=None, text_encoder=CLIPTextModel.from_pretrained(folder / "text_encoder"),
+        tokenizer=CLIPTokenizer.from_pretrained(folder / "tokenizer"), unet=None, scheduler=None,
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+    )  # fmt: skip
+    pipe.load_textual_inversion(str(path))
+    prompt = pipe.maybe_convert_prompt("a <mine> here", pipe.tokenizer)
+    ids = pipe.tokenizer(prompt, padding="max_length", max_length=16, return_tensors="pt").input_ids
+    with torch.no_grad():
+        theirs = pipe.text_encoder(ids).last_hidden_state
+    assert relative(ours, theirs) < 1e-5
+
+
+def test_a_word_that_no_caption_holds_is_refused(settings: Callable[..., InversionRun], named: str) -> None:
+    with pytest.raises(UserError, match="no caption holds inversion.token '<mine>'"):
+        InversionTask(settings(InversionRun))
+    with pytest.raises(UserError, match="start '' is no word"):
+        InversionTask(settings(InversionRun, "--data.shards", named, "--inversion.start", ""))

@@ -3,7 +3,7 @@
 Rombach et al. 2022; classifier-free guidance by dropped captions after Ho & Salimans 2022.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -73,11 +73,11 @@ class DenoisingTask:
         self.importance = Importance() if config.loss.importance else None
         if self.importance is not None:
             self.networks["importance"] = self.importance  # nothing to train, but to keep
-        self.empty = self.text.tokenize([""])
-        self.pictures = open_dataset(config.data, self.text.tokenize, batch=config.run.batch_size)
+        self.empty = self.tokenize([""])
+        self.pictures = open_dataset(config.data, self.tokenize, batch=config.run.batch_size)
         self.dataset: Dataset = self.pictures
         self._cached: CachedDataset | None = None
-        self.held_back = HeldBack(config.data, config.run.validate_on, self.text.tokenize)
+        self.held_back = HeldBack(config.data, config.run.validate_on, self.tokenize)
         if config.run.recompute:
             recompute(self.backbone)
         if config.run.compile:
@@ -116,18 +116,33 @@ class DenoisingTask:
         if loss.pairing:
             noise = paired(noise, x0, loss.pairing)
         seen = noise + loss.perturbation * draw("perturbation", tuple(x0.shape[1:])) if loss.perturbation else None
-        losses = self.losses(x0, self.schedule.quantile(u), noise, cond, seen)
+        network = self.network(batch)
+        losses = self.losses(x0, self.schedule.quantile(u), noise, cond, seen=seen, network=network)
         if self.importance is not None:
             self.importance.see(u, losses.detach())
         return {"loss": (losses / density).mean()}
 
     def losses(
-        self, x0: Latent, sigma: Tensor, noise: Latent, cond: Conditioning, seen: Latent | None = None
+        self,
+        x0: Latent,
+        sigma: Tensor,
+        noise: Latent,
+        cond: Conditioning,
+        *,
+        seen: Latent | None = None,
+        network: nn.Module | None = None,
     ) -> Tensor:
-        """The loss of each sample (b,) at given noise; see `diffusion_loss`."""
-        parts = (self.backbone, self.prediction, self.schedule)
+        """The loss of each sample (b,) at given noise; see `diffusion_loss`. network: in place of the UNet alone."""
+        parts = (network or self.backbone, self.prediction, self.schedule)
         vlb = self.config.loss.vlb
         return diffusion_loss(*parts, x0, sigma, noise, cond, self.weighting, seen=seen, vlb=vlb)
+
+    def network(self, batch: Batch) -> nn.Module:
+        """What denoises a batch; a task may look at its pictures for it."""
+        return self.backbone
+
+    def tokenize(self, captions: Sequence[str]) -> TokenIds:
+        return self.text.tokenize(captions)
 
     def latent(self, batch: Batch) -> Latent:
         """A draw from the posterior of each picture, cached or encoded now; fp32."""
@@ -194,7 +209,8 @@ class DenoisingTask:
             x0 = self.autoencoder.encode(self.held_back.images(part.start, part.stop).to(self.device)).mode.float()
             noise = keyed.normal(self.seed, "validation noise", position[part], tuple(x0.shape[1:])).to(self.device)
             cond = self.encode_text(self.held_back.batch["tokens"][part].to(self.device))
-            total += self.losses(x0, levels[part].to(self.device), noise, cond).sum().item()
+            network = self.network({"image": self.held_back.batch["image"][part]})
+            total += self.losses(x0, levels[part].to(self.device), noise, cond, network=network).sum().item()
         return {f"{self.held_back.name}_loss": total / len(position)}
 
     def remarks(self, record: Mapping[str, float]) -> list[str]:
@@ -202,16 +218,21 @@ class DenoisingTask:
 
     def sample(self) -> tuple[Image, int]:
         """A picture of each prompt of the config, from its own seed."""
-        prompts, how = self.config.samples.prompts, self.config.defaults
-        cond, uncond = (self.text(texts) for texts in (list(prompts), [""] * len(prompts)))
-        denoise = cfg(Denoiser(self.backbone, self.prediction, self.schedule), cond, uncond, how.cfg_scale)
+        prompts = self.config.samples.prompts
+        cond, uncond = (self.encode_text(self.tokenize(t).to(self.device)) for t in (prompts, [""] * len(prompts)))
+        return self.paint(self.backbone, cond, uncond), 0
+
+    def paint(self, network: nn.Module, cond: Conditioning, uncond: Conditioning) -> Image:
+        """A picture of each condition, from its own seed, as the config's defaults say."""
+        how, n = self.config.defaults, len(cond)
+        denoise = cfg(Denoiser(network, self.prediction, self.schedule), cond, uncond, how.cfg_scale)
         sigmas = self.schedule.steps(how.steps, how.schedule)
-        noise = SeededNoise([self.config.samples.seed + i for i in range(len(prompts))])
+        noise = SeededNoise([self.config.samples.seed + i for i in range(n)])
         side = self.config.data.size // self.autoencoder.factor
-        blank = torch.zeros(len(prompts), self.autoencoder.config.z_channels, side, side, device=self.device)
+        blank = torch.zeros(n, self.autoencoder.config.z_channels, side, side, device=self.device)
         x = noise(blank) * self.schedule.start(float(sigmas[0]))
         *_, last = find_sampler(how.sampler)(denoise, x, sigmas, noise)
-        return self.autoencoder.decode(last.x), 0
+        return self.autoencoder.decode(last.x)
 
     def export(self, path: Path, provenance: dict[str, Any]) -> None:
         """Write the whole model: everything that txt2img needs."""

@@ -1,0 +1,33 @@
+"""Train a ControlNet on a model of any layout; running the same command again goes on where it stopped.
+
+python scripts/train_controlnet.py configs/controlnet.yaml --data.shards 'data/mine/{00000..00003}.tar' --run runs/edges
+python scripts/txt2img.py --prompt "a car" --control runs/edges/controlnet --control-image a.png --control-hint canny
+
+The model is the embedded one, or --weights PATH: ours, Stable Diffusion's single file, or diffusers' folder.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import torch
+
+from ldm import config
+from ldm.errors import script
+from ldm.training.arguments import split
+from ldm.training.config import ControlRun
+from ldm.training.loop import train
+from ldm.training.tasks.controlnet import ControlTask
+
+
+@script
+def main() -> None:
+    path, run, overrides = split(sys.argv[1:], str(__doc__), ControlRun)
+    settings = config.load(ControlRun, path, overrides)
+    torch.manual_seed(settings.run.seed)
+    raise SystemExit(train(ControlTask(settings), settings, run).exit_code)
+
+
+if __name__ == "__main__":
+    main()
