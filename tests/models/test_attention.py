@@ -1,5 +1,8 @@
 """Attention by hand against torch's fused kernel, with and without a mask, on both sides of the limit."""
 
+import sys
+from types import ModuleType
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -28,6 +31,38 @@ def test_short_sequences_do_without_the_fused_kernel(monkeypatch: pytest.MonkeyP
     attention.attend(short, short, short)
     with pytest.raises(AssertionError, match="fused"):
         attention.attend(long, long, long)
+
+
+def test_long_sequences_in_bf16_go_by_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As near to fp32 as bf16 allows, whole tiles or not; with a mask or gradients torch's kernel does it."""
+    rng = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, 3, length, 16, generator=rng) for length in (1300, 700, 700))
+    wanted, kernel, calls = F.scaled_dot_product_attention(q, k, v), attention.fused, []
+    monkeypatch.setattr(attention, "fused", lambda *given: calls.append(1) or kernel(*given))
+    q, k, v = (y.bfloat16() for y in (q, k, v))
+    got = attention.attend(q, k, v)
+    assert not calls and got.dtype == torch.bfloat16
+    assert (got - wanted).norm() < 0.02 * wanted.norm()
+    attention.attend(q, k, v, torch.ones(2, 1, 1, 700, dtype=torch.bool))
+    attention.attend(q.requires_grad_(), k, v)
+    assert len(calls) == 2
+
+
+def test_xformers_gets_its_own_layout(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its kernels need a GPU: here torch's stands in for them, in xformers' layout (batch, length, heads, width)."""
+
+    def kernel(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        assert q.shape == (2, 5, 3, 8) and k.shape == v.shape == (2, 7, 3, 8)
+        return F.scaled_dot_product_attention(*(y.transpose(1, 2) for y in (q, k, v))).transpose(1, 2)
+
+    ops = ModuleType("xformers.ops")
+    ops.memory_efficient_attention = kernel  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "xformers", ModuleType("xformers"))
+    monkeypatch.setitem(sys.modules, "xformers.ops", ops)
+    q, k, v = (torch.randn(2, 3, length, 8, dtype=torch.float64) for length in (5, 7, 7))
+    torch.testing.assert_close(attention.xformers(q, k, v), attention.attend(q, k, v))
+    mask = torch.tensor([True] * 4 + [False] * 3).expand(2, 1, 1, 7)
+    torch.testing.assert_close(attention.xformers(q, k, v, mask), attention.attend(q, k, v, mask))
 
 
 def test_heads_must_divide_the_width() -> None:

@@ -1,0 +1,162 @@
+"""What is done for speed changes nothing but rounding, and notices when weights change."""
+
+import copy
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import nn
+
+from ldm.conditioning import Conditioning
+from ldm.errors import UserError
+from ldm.models import attention, speed
+from ldm.models.autoencoder import Autoencoder, AutoencoderConfig
+from ldm.models.unet import UNet, UNetConfig
+
+CONFIG = UNetConfig(channels=(32, 64), res_blocks=1, depth=(1, 1), heads=(2, 2), context_dim=160, groups=8)
+
+
+def unet(seed: int = 0) -> UNet:
+    network, rng = UNet(CONFIG), torch.Generator().manual_seed(seed)
+    for p in network.parameters():
+        p.requires_grad_(False).normal_(0, p[0].numel() ** -0.5 if p.ndim > 1 else 0.3, generator=rng)
+    return network
+
+
+def painted(network: UNet, dtype: torch.dtype = torch.float32, size: int = 24) -> torch.Tensor:
+    rng = torch.Generator().manual_seed(1)
+    z, tokens = torch.randn(2, 4, size, size, generator=rng), torch.randn(2, 7, 160, generator=rng)
+    with torch.no_grad():
+        return network.to(dtype)(z.to(dtype), torch.tensor([3.0, 801.0]), Conditioning(tokens.to(dtype))).float()
+
+
+@pytest.fixture
+def packing(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(speed, "slow_blas", lambda: True)
+    monkeypatch.setattr(speed, "WORTH_PACKING", 32)
+    yield
+    assert len(speed._PACKED) < 200
+
+
+@pytest.mark.usefixtures("packing")
+def test_a_prepared_unet_is_the_same_to_rounding() -> None:
+    plain, fast = unet(), unet()
+    speed.prepare(fast)
+    assert fast.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
+    assert any(isinstance(module, speed.Packed) for module in fast.modules())
+    wanted, got = painted(plain), painted(fast)
+    assert float(wanted.std()) > 0.1
+    torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
+    assert fast.state_dict().keys() == plain.state_dict().keys()
+    torch.testing.assert_close(painted(copy.deepcopy(fast)), wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_a_prepared_autoencoder_decodes_the_same() -> None:
+    plain = Autoencoder(AutoencoderConfig(channels=(16, 32), res_blocks=1, groups=8)).requires_grad_(False)
+    fast = copy.deepcopy(plain)
+    speed.prepare(fast)
+    z = torch.randn(1, 4, 24, 24)
+    torch.testing.assert_close(fast.decode(z), plain.decode(z), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.usefixtures("packing")
+def test_packed_weights_follow_what_is_done_to_them() -> None:
+    x, layer = torch.randn(3, 5, 64), nn.Linear(64, 48)
+    speed.prepare(layer)
+    assert isinstance(layer, speed.Packed)
+
+    def same() -> None:
+        with torch.no_grad():
+            torch.testing.assert_close(layer(x), nn.functional.linear(x, layer.weight, layer.bias))
+
+    same()
+    assert layer in speed._PACKED
+    with torch.no_grad():
+        layer.weight.mul_(2)
+    same()
+    layer.weight = nn.Parameter(layer.weight.detach() + 1)
+    same()
+    layer.weight.data = torch.randn(48, 64)
+    same()
+    speed._PACKED.clear()
+    layer(x).sum().backward()  # with gradients it is the plain layer
+    assert layer.weight.grad is not None and layer not in speed._PACKED
+    layer.double()
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x.double()), nn.functional.linear(x.double(), layer.weight, layer.bias))
+
+
+def test_without_need_nothing_is_packed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(speed, "slow_blas", lambda: False)
+    layer = nn.Linear(256, 256)
+    speed.prepare(layer)
+    assert type(layer) is nn.Linear
+
+
+def test_kept_memory_costs_no_fresh_pages() -> None:
+    """In a process of its own, for it cannot be undone."""
+    if not sys.platform.startswith("linux"):
+        pytest.skip("glibc only")
+    script = """
+import resource, torch
+from ldm.models import speed
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(8):
+        torch.empty(2**24).fill_(1)  # 64 MB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+print(faults(), speed.keep_memory(), min(faults(), faults()))
+"""
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    before, kept, after = run.stdout.split()
+    if kept == "False":
+        pytest.skip("not glibc")
+    assert int(after) * 10 < int(before)
+
+
+def test_attention_is_chosen_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    network = unet()
+    wanted, called = painted(network), []
+
+    def kernel(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: object = None) -> torch.Tensor:
+        called.append(q.shape)
+        return attention.fused(q, k, v)
+
+    monkeypatch.setitem(attention.ATTENTIONS, "sdpa", kernel)
+    speed.prepare(network, "sdpa")
+    torch.testing.assert_close(painted(network), wanted, rtol=1e-4, atol=1e-5)
+    assert len(called) == 2 * sum(isinstance(m, attention.TransformerBlock) for m in network.modules()) > 0
+    with pytest.raises(UserError, match=r"unknown attention 'spda' \(did you mean 'sdpa'"):
+        speed.prepare(network, "spda")
+    with pytest.raises(UserError, match=r"attention xformers: (xformers is not installed|its kernels need a GPU)"):
+        speed.prepare(network, "xformers")
+
+
+def test_compiling_goes_block_by_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen, network = [], unet()
+    monkeypatch.setattr(attention.TransformerBlock, "compile", lambda self, **options: seen.append(self))
+    speed.prepare(network)
+    assert not seen
+    speed.prepare(network, compiled=True)
+    assert seen == [m for m in network.modules() if isinstance(m, attention.TransformerBlock)]
+    monkeypatch.setattr(speed.shutil, "which", lambda name: None)
+    with pytest.raises(UserError, match="no C\\+\\+ compiler"):
+        speed.prepare(network, compiled=True)
+
+
+@pytest.mark.slow
+def test_a_compiled_unet_is_the_same_to_rounding() -> None:
+    plain, fast = unet(), unet()
+    speed.prepare(fast, compiled=True)
+    torch.testing.assert_close(painted(fast), painted(plain), rtol=1e-4, atol=1e-5)
+
+
+def test_bf16_is_native_where_the_processor_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = torch.device("cpu")
+    for avx, amx in ((True, False), (False, True), (False, False)):
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda avx=avx: avx)
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda amx=amx: amx)
+        assert speed.native_bf16(cpu) is (avx or amx)
+    assert speed.native_bf16(torch.device("meta")) is False
