@@ -24,7 +24,7 @@ from ldm.training.ema import Ema
 from ldm.training.folder import RunFolder, check_same
 from ldm.training.guard import Guard
 from ldm.training.learner import Learner, Losses, Objective
-from ldm.training.meter import Clock, Meter, memory
+from ldm.training.meter import Clock, Meter, memory, scalars
 from ldm.training.optim import named, rate
 from ldm.training.processes import Processes
 from ldm.training.progress import Bar, facts
@@ -98,7 +98,7 @@ def train(task: Task, config: VaeRun | LdmRun, path: Path) -> Outcome:
                 check_same(config, state["config"], path)
                 restore(tensors, task.networks, ema, by_name)
                 if "guard" in state:  # older ones keep their means in another form: these begin anew
-                    meter.restore(state["meter"])
+                    meter.restore(state["meter"], processes.rank, processes.count)
                     guard.restore(state["guard"])
                 bar.say(f"going on from {saved_in}")
             return int(step)
@@ -114,9 +114,9 @@ def train(task: Task, config: VaeRun | LdmRun, path: Path) -> Outcome:
         def save() -> None:
             """Copy the state; the writing goes on beside the training."""
             check()
+            state = {"step": done, "config": configs.to_dict(config)}
+            state |= {"meter": meter.state(accelerator), "guard": guard.state()}
             if main:
-                state = {"step": done, "config": configs.to_dict(config)}
-                state |= {"meter": meter.state(), "guard": guard.state()}
                 with clock.saving():
                     writer.wait()
                     saved = checkpoint.copied(snapshot(task.networks, ema, by_name)), state
@@ -163,6 +163,8 @@ def train(task: Task, config: VaeRun | LdmRun, path: Path) -> Outcome:
         if done >= run.steps and processes.extremes(folder.exported() != done)[1]:
             with evaluating():
                 export()
+        if about := getattr(task.dataset, "about", None):
+            bar.say(about())
         number = 0
         bar.begin(done)
         while done < run.steps:
@@ -195,6 +197,7 @@ def train(task: Task, config: VaeRun | LdmRun, path: Path) -> Outcome:
             record: dict[str, Any] = {}
             if due(run.log_every):
                 record = meter.read(accelerator) | guard.read() | {"lr": lr} | clock.read() | memory(device)
+                record |= {"damaged": read["damaged"]} if "damaged" in read else {}
                 bar.show(facts(record))
                 for remark in task.remarks(record):
                     bar.say(remark)
@@ -203,7 +206,7 @@ def train(task: Task, config: VaeRun | LdmRun, path: Path) -> Outcome:
                     record |= evaluate()
                 if main and record:
                     folder.write_log({"step": done, "images": done * run.batch_size} | record)
-                    accelerator.log(record, step=done)
+                    accelerator.log(scalars(record), step=done)
                 if due(run.checkpoint_every):
                     save()
             number = processes.extremes(interrupted() if done < run.steps else 0)[1]  # all stop, or none
