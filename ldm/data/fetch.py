@@ -8,14 +8,15 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import urljoin
 
 from ldm.errors import UserError
 
+_sleep = time.sleep
 _THREADS = 32  # of a process that downloads; most of them wait
 _REDIRECTS = 5
 _PAUSE = 0.5  # seconds before the first further try, doubled for each
 _AGAIN = (408, 425, 429, 500, 502, 503, 504)
-_WORDS = {"NameResolutionError": "no such host", "SSLError": "no valid certificate", "ProtocolError": "broken answer"}
 _UNWILLING = {"noai", "noimageai", "noindex", "noimageindex"}  # in X-Robots-Tag, as img2dataset reads it
 
 
@@ -34,7 +35,7 @@ def place(path: str) -> tuple[Any, str]:
     import fsspec
 
     try:
-        return fsspec.core.url_to_fs(path)  # type: ignore[no-any-return]
+        return fsspec.core.url_to_fs(path)
     except (ImportError, ValueError) as error:  # "Install s3fs to access S3", "Protocol not known: x"
         raise UserError(f"cannot open {path!r}: {error}") from None
 
@@ -88,52 +89,64 @@ def _http(url: str, limits: Downloads) -> bytes | UserError:
             return outcome
         reason = outcome
         if attempt < limits.retries:
-            time.sleep(min(limits.timeout, max(pause, _PAUSE * 2**attempt)))
+            _sleep(min(limits.timeout, max(pause, _PAUSE * 2**attempt)))
     return reason
 
 
 def _once(url: str, limits: Downloads) -> tuple[bytes | UserError, float | None]:
     """What came, and the seconds to wait at least before another try, None where that is of no use."""
-    import urllib3
-    from urllib3.exceptions import HTTPError, LocationValueError, MaxRetryError, ResponseError, TimeoutError
+    from urllib3.exceptions import HTTPError, LocationValueError, NameResolutionError, NewConnectionError, SSLError
+    from urllib3.exceptions import TimeoutError as Timeout
 
     deadline = time.monotonic() + limits.timeout
-    late = UserError(f"download timed out: more than {limits.timeout:g} s")
-    response: urllib3.BaseHTTPResponse | None = None
     try:
-        response = _pool(limits).request("GET", url, preload_content=False)
-        if response.status != 200:
-            again = 0.0 if response.status in _AGAIN else None
-            wait = response.headers.get("Retry-After", "")
-            return UserError(f"download failed: HTTP {response.status}"), (
-                float(wait) if again is not None and wait.isdecimal() else again
-            )
-        if _UNWILLING & {part.strip().lower() for part in response.headers.get("X-Robots-Tag", "").split(",")}:
-            return UserError("the server asks not to train on it: X-Robots-Tag"), None
-        data = bytearray()
-        while chunk := response.read1(1 << 16):  # what has come, rather than wait for a full block
-            data += chunk
-            if len(data) > limits.max_bytes:
-                return _too_long(limits), None
-            if time.monotonic() > deadline:
-                return late, 0.0
-        response.release_conn()
-        return bytes(data), None
-    except MaxRetryError as error:
-        if isinstance(error.reason, TimeoutError):
-            return late, 0.0
-        if isinstance(error.reason, ResponseError):
+        for _ in range(_REDIRECTS + 1):  # by hand: urllib3 would read whatever comes with a redirect
+            if not url.lower().startswith(("http://", "https://")):
+                break
+            response = _pool(limits).request("GET", url, preload_content=False, retries=False)
+            try:
+                if where := response.get_redirect_location():
+                    url = urljoin(url, where)
+                    continue
+                return _answer(response, deadline, limits)
+            finally:
+                response.close()
+                response.release_conn()  # its place among those to the host, which closing does not give back
+        else:
             return UserError("download failed: too many redirects"), None
-        return UserError(f"download failed: {_WORDS.get(type(error.reason).__name__, 'no connection')}"), 0.0
-    except TimeoutError:
-        return late, 0.0
-    except LocationValueError:  # also a redirect to what is no http
         return UserError("download failed: not a web address"), None
+    except LocationValueError:
+        return UserError("download failed: not a web address"), None
+    except NewConnectionError as error:  # which counts as a timeout there
+        why = "no such host" if isinstance(error, NameResolutionError) else "no connection"
+        return UserError(f"download failed: {why}"), 0.0
+    except Timeout:
+        return _late(limits), 0.0
+    except SSLError:
+        return UserError("download failed: no valid certificate"), None
     except (HTTPError, OSError, UnicodeError):  # a name that can be no host raises UnicodeError
         return UserError("download failed: the connection broke"), 0.0
-    finally:
-        if response is not None:
-            response.close()
+
+
+def _answer(response: Any, deadline: float, limits: Downloads) -> tuple[bytes | UserError, float | None]:
+    if response.status != 200:
+        wait = response.headers.get("Retry-After", "")
+        least = (float(wait) if wait.isdecimal() else 0.0) if response.status in _AGAIN else None
+        return UserError(f"download failed: HTTP {response.status}"), least
+    if _UNWILLING & {part.strip().lower() for part in response.headers.get("X-Robots-Tag", "").split(",")}:
+        return UserError("the server asks not to train on it: X-Robots-Tag"), None
+    data = bytearray()
+    while chunk := response.read1(1 << 16):  # what has come, rather than wait for a full block
+        data += chunk
+        if len(data) > limits.max_bytes:
+            return _too_long(limits), None
+        if time.monotonic() > deadline:
+            return _late(limits), 0.0
+    return bytes(data), None
+
+
+def _late(limits: Downloads) -> UserError:
+    return UserError(f"download timed out: more than {limits.timeout:g} s")
 
 
 def _too_long(limits: Downloads) -> UserError:
@@ -151,6 +164,5 @@ def _pool(limits: Downloads) -> Any:
         maxsize=limits.per_host,
         block=True,  # the limit of connections to one host
         timeout=urllib3.Timeout(connect=limits.timeout, read=limits.timeout),
-        retries=urllib3.Retry(total=_REDIRECTS, connect=0, read=0, status=0, other=0, redirect=_REDIRECTS),
         headers={"User-Agent": f"ldm/{__version__}", "Accept": "image/*,*/*;q=0.5"},
     )

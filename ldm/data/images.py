@@ -20,7 +20,7 @@ def decode(data: bytes) -> Image.Image:
 def start(data: bytes, formats: Sequence[str] = FORMATS) -> Image.Image:
     """The picture with its header read and no pixel decoded. ValueError, in words, for what is none of the formats."""
     try:
-        image: Image.Image = Image.open(io.BytesIO(data), formats=formats)
+        image: Image.Image = Image.open(io.BytesIO(data), formats=tuple(formats))
     except UnidentifiedImageError:
         named = [{"JPEG": "JPEG", "WEBP": "WebP"}.get(name, name) for name in formats]
         raise ValueError(f"not a {' or '.join(filter(None, [', '.join(named[:-1]), named[-1]]))} image") from None

@@ -63,8 +63,7 @@ def prepare(paths: Sequence[str], config: PrepareConfig, show: Callable[[int, in
     UserError for sources or options that cannot work, for an `out` that holds another preparation or cannot be written.
     """
     check(config)
-    hands = config.per_host if config.engine == "ray" else min(max(config.workers, 1), config.per_host)
-    limits = Downloads(config.timeout, config.retries, config.max_bytes, config.per_host // hands)
+    limits = Downloads(config.timeout, config.retries, config.max_bytes, config.per_host // max(_fetchers(config), 1))
     sources = open_sources(paths, limits)
     names = [source.name for source in sources]
     check_names(config, names)
@@ -128,8 +127,7 @@ def _make(
     most = config.workers if config.engine == "local" else 0
     for fetched in (False, True):
         missing = [p for p in pieces if sources[p.source].downloads is fetched and not p.path.exists()]
-        hands = config.per_host if fetched and not most else min(most, config.per_host) if fetched else most
-        collections.deque(go(Spooling(sources), missing, hands), 0)
+        collections.deque(go(Spooling(sources), missing, _fetchers(config) if fetched else most), 0)
     if prints:
         todo = [(path, job) for path, job in zip(prints, moved, strict=True) if not path.exists()]
         collections.deque(go(Printing([s.name for s in sources], readers, config), todo, most), 0)
@@ -137,6 +135,11 @@ def _make(
     shards = Making([source.name for source in sources], readers, config)
     for job, stats in go(shards, [job for job in moved if job.path not in done], most):
         done[job.path] = stats
+
+
+def _fetchers(config: PrepareConfig) -> int:
+    """The most parts that download at a time: each has its share of the connections to a host."""
+    return config.per_host if config.engine == "ray" else min(config.workers, config.per_host)
 
 
 def _picks(names: Sequence[str], ids: Sequence[Sequence[str]], config: PrepareConfig) -> tuple[list[Pick], list[Pick]]:

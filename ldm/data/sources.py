@@ -264,7 +264,7 @@ class ParquetSource:
     def read(self, rows: Sequence[int]) -> Iterator[Raw | UserError]:
         image = self.image_column()
         for columns in self.rows(rows):
-            value = columns.pop(image, None)
+            value = columns.pop(image or "", None)
             data = value.get("bytes") if isinstance(value, dict) else value
             yield Raw(data, _with_captions(columns)) if data else UserError("no image bytes")
 

@@ -104,10 +104,11 @@ def choosing(config: PrepareConfig, names: Sequence[str]) -> dict[str, Stage]:
         width, height = image.size[::-1] if turned else image.size
         known = [record.columns.get(name) for name in ("original_width", "original_height")]
         if all(isinstance(side, int) and side > 0 for side in known):  # before an earlier preparation
-            sizes = {"original_width": known[0], "original_height": known[1]}
+            found: Any = known
         else:
-            sizes = {"original_width": width, "original_height": height}
-        return record._replace(image=image, sizes={**sizes, "width": width, "height": height})
+            found = width, height
+        sizes = {"original_width": found[0], "original_height": found[1], "width": width, "height": height}
+        return record._replace(image=image, sizes=sizes)
 
     def limits(record: Record) -> Record:
         width, height = record.pixels.size
