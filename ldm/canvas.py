@@ -37,9 +37,10 @@ class Canvas:
         return hashlib.sha256(b"".join(parts)).hexdigest()
 
     def request(self, request: Request) -> Request:
-        """The request for a picture of this size; strength 0.75 where it says none, 1 under a mask."""
+        """The request for a picture of this size; strength 0.75 where it says none, 1 under a mask or to restore."""
         height, width = self.image.shape[2:]
-        strength = (0.75 if self.mask is None else 1.0) if request.strength is None else request.strength
+        usual = 0.75 if self.mask is None and not request.restore else 1.0
+        strength = usual if request.strength is None else request.strength
         return replace(request, width=width, height=height, strength=strength)
 
     def padded(self, height: int, width: int) -> "Canvas":

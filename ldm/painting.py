@@ -21,6 +21,7 @@ from ldm.pipeline import Batch, Pipeline, batches, settings
 from ldm.preview import Preview, projection
 from ldm.recipe import Recipe
 from ldm.request import Run
+from ldm.restore import enlarged, parse
 from ldm.shapes import Latent
 
 Watch = Callable[[int, Latent], None]  # the number of a step, from 1, and the picture that it steers by
@@ -32,9 +33,13 @@ def run(run: Run, given: dict[str, Any]) -> Iterator[Path]:
     base, console = replace(old.request, **given), Console(stderr=True)
     first = run.mask, run.expand, (given.get("width"), given.get("height"))
     canvas = read_canvas(run.init_image, *first) if run.init_image else None
+    if canvas and base.restore:
+        canvas = enlarged(canvas, parse(base.restore))
     jobs = read_jobs(run.jobs, base if canvas is None else canvas.request(base)) if run.jobs else []
     device, precision = run.device or old.made.device, run.precision or old.made.precision
     painter = pipeline.load(run.model or pipeline.EMBEDDED, device, precision, run.vae, offload=run.offload)
+    if run.attention != "auto" or run.compile:
+        painter.prepare(run.attention, run.compile)
     painter.embed(run.embedding)
     painter.reader.wildcards = run.wildcards
     told = painter.adapt(run.lora)
@@ -46,6 +51,8 @@ def run(run: Run, given: dict[str, Any]) -> Iterator[Path]:
     else:
         prompts = run.prompt or (recipe.read_prompts(run.prompts_file) if run.prompts_file else [old.request.prompt])
         requests = painter.requests(base, prompts, run.n, canvas)
+    if canvas and base.invert:
+        told.append(painter.round_trip(requests[0], canvas))
     out = images.folder(run.out)
     sys.stderr.write("".join(f"{line}\n" for line in [*told, *painter.notes(requests)]))
     preview = _preview(run, painter, console)

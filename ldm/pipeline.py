@@ -7,24 +7,31 @@ image = pipeline.txt2img(Request("a red apple", seed=1))  # (1, 3, h, w) in [-1,
 import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 
 from ldm.canvas import Canvas
 from ldm.checkpoints import lora, native
 from ldm.checkpoints.files import open_safetensors
+from ldm.diffusion.editing import consistent, invert, windows
+from ldm.diffusion.guidance import Denoise
 from ldm.diffusion.noise import SeededNoise
 from ldm.diffusion.samplers import Step, find_sampler
 from ldm.errors import UserError, nearest
 from ldm.families.load import load as load_model
 from ldm.families.source import INDEX
 from ldm.files import digest, digest_beside
+from ldm.limits import Limits
+from ldm.models.speed import prepare
 from ldm.recipe import Made, Recipe, Request, versions
-from ldm.shapes import Image, Latent, Sigmas
-from ldm.start import begin
+from ldm.restore import Damage
+from ldm.restore import parse as parse_damage
+from ldm.shapes import Image, Latent
+from ldm.start import begin, decode, encode
 from ldm.steering import Control, controlled, parse, read_controls, read_picture_prompt
 from ldm.text import inversion
 from ldm.text.reader import Reader
@@ -33,7 +40,6 @@ ASSETS = Path(__file__).parent / "assets"
 EMBEDDED = "embedded"
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 ALONE = {"dpm_adaptive"}  # it steps as the hardest picture of its batch asks, so company would change a picture
-MAX_SIDE, MAX_STEPS, MAX_SEED = 8192, 1000, 2**63 - 1
 
 
 class Batch(NamedTuple):
@@ -100,6 +106,7 @@ def load(
     loaded = load_model(path, "cpu" if offload else where, PRECISIONS[precision], Path(vae) if vae else None)
     made = Made(path.stem, "", str(where), precision, versions(), torch.get_num_threads(), vae=Path(vae).stem)
     painter = Pipeline(loaded, made, digest_beside(path))
+    painter.prepare()
     painter.offload = offload
     return painter
 
@@ -118,6 +125,7 @@ class Pipeline:
         self.controls: list[Control] = []
         self.offload = False
         self.multiple = model.autoencoder.factor * model.backbone.config.factor
+        self.limits = Limits(model.spec, self.denoiser.schedule, self.reader, self.multiple)
 
     @property
     def made(self) -> Made:
@@ -126,39 +134,15 @@ class Pipeline:
             self._made, self._digested = replace(self._made, model_hash=self._digested()), None
         return self._made
 
+    def prepare(self, attention: str = "auto", compiled: bool = False) -> None:
+        """Lay its networks out for speed: see `ldm.models.speed`. UserError for what cannot be here."""
+        for network in (self.model.backbone, self.model.autoencoder):
+            if network is not None:
+                prepare(network, attention, compiled)
+
     def complete(self, request: Request) -> Request:
         """Fill in the model's defaults. UserError, with the value and a remedy, for what the model cannot paint."""
-        spec = self.model.spec
-        size = {"width": spec.image_size, "height": spec.image_size}
-        defaults = size | {f.name: getattr(spec.defaults, f.name) for f in fields(spec.defaults)}
-        r = replace(request, **{name: value for name, value in defaults.items() if getattr(request, name) is None})
-        assert r.steps is not None and r.cfg_scale is not None and r.width is not None and r.height is not None
-        if not r.prompt.strip():
-            raise UserError("the prompt is empty: say what to paint")
-        self.reader.parsed(r)
-        find_sampler(str(r.sampler))
-        _between("steps", r.steps, 1, MAX_STEPS)
-        self.denoiser.schedule.steps(r.steps, str(r.schedule))
-        _between("seed", r.seed, 0, MAX_SEED)
-        _between("variation seed", r.variation_seed, 0, MAX_SEED)
-        if not 0 <= r.variation <= 1:
-            raise UserError(f"variation is {r.variation:g}: choose between 0, this seed's noise, and 1, the other's")
-        if not math.isfinite(r.cfg_scale):
-            raise UserError(f"cfg scale is {r.cfg_scale}: give a number such as {spec.defaults.cfg_scale:g}")
-        if r.clip_skip is not None:
-            text = self.conditioner.config
-            _between("clip skip", r.clip_skip, 1, min(t.layers for t in (text, text.second or text)))
-        if r.strength is not None:
-            self._levels(r)
-        for name, side in (("width", r.width), ("height", r.height)):
-            _between(name, side, self.multiple if r.strength is None else 1, MAX_SIDE)
-            if r.strength is None and side % self.multiple:
-                low = side // self.multiple * self.multiple
-                raise UserError(
-                    f"{name} {side} is not a multiple of {self.multiple}, which this model needs: "
-                    f"try {low} or {low + self.multiple}"
-                )
-        return r
+        return self.limits.complete(request)
 
     def requests(
         self, base: Request, prompts: Sequence[str], n: int = 1, canvas: Canvas | None = None
@@ -166,8 +150,9 @@ class Pipeline:
         """Complete requests for n pictures of each prompt, in order; picture i of the run has seed base.seed + i."""
         if canvas is not None:
             base = canvas.request(base)
-        elif base.strength is not None:
-            raise UserError(f"strength {base.strength:g} is of a picture to start from: give that as --init-image")
+        elif base.strength is not None or base.invert or base.restore:
+            what = "strength" if base.strength is not None else "invert" if base.invert else "restore"
+            raise UserError(f"{what} is of a picture to start from: give that as --init-image")
         wanted = [prompt for prompt in prompts for _ in range(n)]
         made = []
         for i, prompt in enumerate(wanted):
@@ -176,22 +161,14 @@ class Pipeline:
             made.append(self.complete(replace(base, prompt=filled, seed=seed, variation_seed=other)))
         return made
 
-    def _levels(self, r: Request) -> Sigmas:
-        """The noise levels of a run: all, or the last ones where it starts from a picture. UserError where none are."""
-        assert r.steps and r.schedule
-        sigmas = self.denoiser.schedule.steps(r.steps, r.schedule)
-        if r.strength is None:
-            return sigmas
-        if not 0 < r.strength <= 1:
-            raise UserError(f"strength is {r.strength:g}: choose above 0, little changes, to 1, all does")
-        count = int(r.steps * r.strength)
-        if count == 0:
-            raise UserError(f"strength {r.strength:g} of {r.steps} steps leaves none to do: give more steps")
-        return sigmas[r.steps - count :]
-
     def steps(self, request: Request) -> int:
         """How many steps a request's run has."""
-        return len(self._levels(self.complete(request))) - 1
+        r = self.complete(request)
+        return (
+            len(self.limits.levels(r))
+            - 1
+            + (len(self.limits.levels(self.limits.larger(r))) - 1 if r.upscale > 1 else 0)
+        )
 
     @torch.no_grad()
     def sample(self, requests: Sequence[Request], canvas: Canvas | None = None) -> Iterator[Step]:
@@ -207,22 +184,66 @@ class Pipeline:
             raise ValueError(f"{r.sampler} makes one picture at a time: see `batches`")
         if (r.strength is None) != (canvas is None):
             raise ValueError(f"strength {r.strength} with canvas {canvas}: see `Canvas.request`")
+        noise, step = SeededNoise([o.seed for o in requests]), None
+        for step in self._pass(requests, noise, canvas):
+            yield step
+        if r.upscale > 1:
+            assert step is not None
+            larger = [self.limits.larger(o) for o in requests]
+            size = (larger[0].height, larger[0].width)
+            grown = F.interpolate(self.decode(step.x).cpu(), size, mode="bicubic", antialias=True).clamp(-1, 1)
+            yield from self._pass(larger, noise, Canvas(grown))
+
+    def _pass(self, requests: Sequence[Request], noise: SeededNoise, canvas: Canvas | None) -> Iterator[Step]:
+        r = requests[0]
         assert r.sampler and r.height and r.width
-        sigmas, noise = self._levels(r), SeededNoise([o.seed for o in requests])
+        sigmas = self.limits.levels(r)
         if canvas is not None and canvas.image.shape[2:] != (r.height, r.width):
             raise UserError(f"size {r.width}x{r.height} is not that of the picture to start from: leave it out")
         self.place("autoencoder")
         start = begin(self.model, requests, noise, float(sigmas[0]), canvas)
         denoiser = controlled(self.denoiser, self.controls, sigmas, (r.height, r.width))
+        if r.tile:
+            if self.controls:
+                raise UserError("--tile does not go with a control: its hint is of the whole picture")
+            denoiser = windows(denoiser, r.tile // self.model.autoencoder.factor)
         self.place("text")
-        denoise = start.hold(self.reader.guide(denoiser, requests, sigmas, start.concat))
-        steps = find_sampler(r.sampler)(denoise, start.x, sigmas, noise)
+        denoise, x = start.hold(self.reader.guide(denoiser, requests, sigmas, start.concat)), start.x
+        if r.invert:
+            before = [replace(o, prompt=r.invert, negative="", cfg_scale=1.0) for o in requests]
+            source = self.reader.guide(denoiser, before, sigmas, start.concat)
+            self.place("backbone")
+            x = invert(source, x, sigmas)
+        if r.restore and canvas is not None:
+            denoise = self._restored(denoise, parse_damage(r.restore), canvas)
+        steps = find_sampler(r.sampler)(denoise, x, sigmas, noise)
         while True:
             self.place("backbone")  # again after each step, as a preview may have moved it away
             step = next(steps, None)
             if step is None:
                 return
             yield step
+
+    def _restored(self, denoise: Denoise, damage: Damage, canvas: Canvas) -> Denoise:
+        """The denoiser, held to what was measured of the picture."""
+        height, width = canvas.image.shape[2:]
+        weight = next(self.model.autoencoder.parameters())
+        measured = damage.measured(canvas.image).to(self._made.device)
+
+        def measure(z: Latent) -> Image:
+            return damage.apply(self.model.autoencoder.decode(z.to(weight.dtype)).float()[:, :, :height, :width])
+
+        return consistent(denoise, measure, measured)
+
+    def round_trip(self, request: Request, canvas: Canvas) -> str:
+        """How well a picture comes back from the noise that an inversion finds: a line with the PSNR."""
+        source = replace(request, prompt=request.invert, negative="", cfg_scale=1.0)
+        *_, last = self.sample([source], canvas)
+        height, width = canvas.image.shape[2:]
+        padded = canvas.padded(*(math.ceil(side / self.multiple) * self.multiple for side in (height, width)))
+        known = self.decode(encode(self.model, padded.image).mode)
+        error = float((self.decode(last.x).clamp(-1, 1) - known.clamp(-1, 1)).square().mean())
+        return f"inverted: {request.invert[:40]!r} comes back at {10 * math.log10(4 / max(error, 1e-10)):.1f} dB"
 
     def place(self, name: str) -> None:
         """Where memory is short, move a network to the device and the others off it: see `load`."""
@@ -243,7 +264,7 @@ class Pipeline:
     def _decode(self, latent: Latent) -> Image:
         self.place("autoencoder")
         autoencoder = self.model.autoencoder
-        image = autoencoder.decode(latent.to(PRECISIONS[self._made.precision])).float()
+        image = decode(self.model, latent.to(PRECISIONS[self._made.precision])).float()
         if not image.isfinite().all():  # half precision overflows in some decoders
             image = copy.deepcopy(autoencoder).float().decode(latent.float())
         if not image.isfinite().all():
@@ -324,8 +345,3 @@ class Pipeline:
         by = f"{made.model} on {made.device} in {made.precision}"
         lines = [f"{what} {requests[-1].seed}: {how}; model {by}"]
         return lines + self.reader.notes(requests)
-
-
-def _between(what: str, value: int, least: int, most: int) -> None:
-    if not least <= value <= most:
-        raise UserError(f"{what} is {value}: choose between {least} and {most}")

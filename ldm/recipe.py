@@ -83,6 +83,8 @@ class Recipe:
         fields |= {"Clip skip": r.clip_skip} if r.clip_skip else {}
         fields |= {"VAE": made.vae} if made.vae else {}
         fields |= {"Denoising strength": f"{r.strength:g}"} if r.strength is not None else {}
+        if r.upscale > 1:
+            fields |= {"Denoising strength": f"{r.upscale_strength:g}", "Hires upscale": f"{r.upscale:g}"}
         if r.variation:
             fields |= {"Variation seed": r.variation_seed, "Variation seed strength": f"{r.variation:g}"}
         fields |= {"Unfinished": made.unfinished} if made.unfinished else {}

@@ -37,6 +37,11 @@ class Request:
     variation: float = _told("how far to go towards the noise of --variation-seed, 0 to 1", 0.0)
     variation_seed: int = _told("another seed, of the first picture; the next one has the next", 0)
     strength: float | None = _told("how much of --init-image to change, above 0 to 1 (0.75; 1 under a mask)")
+    invert: str = _told("what --init-image shows: start from the noise that leads to it, to change it by --prompt", "")
+    restore: str = _told("undo the damage of --init-image: blur:2, small:4 or grey", "")
+    upscale: float = _told("paint again at so many times the size", 1.0)
+    upscale_strength: float = _told("how much to change at the larger size, above 0 to 1 (0.4)", 0.4)
+    tile: int = _told("paint in windows of so many pixels that overlap, for sizes that the model does not know", 0)
 
 
 @dataclass(frozen=True)
@@ -64,15 +69,17 @@ class Run:
     preview_vae: Path | None = _told("TAESD for previews (a linear map, fitted to the model)")
     device: str | None = _told("auto, cpu, cuda, cuda:1 (auto)")
     precision: str | None = _told("auto, fp32, bf16, fp16 (auto: bf16 on CUDA, else fp32)")
+    attention: str = _told("auto, sdpa, xformers: how attention is computed (auto)", "auto")
+    compile: bool = _told("compile the networks' blocks first: faster steps after a minute or two", False)
     offload: bool = _told("keep on the device only the network that works: slower, a third of the memory", False)
 
 
 def add_flags(parser: argparse.ArgumentParser, of: type) -> None:
     """A flag for each field of a dataclass that tells what it is; one that is not given is None."""
-    hints, group = typing.get_type_hints(of), parser.add_mutually_exclusive_group()
-    for f in fields(of):
-        if "help" not in f.metadata:
-            continue
+    hints = typing.get_type_hints(of)
+    told = [f for f in fields(of) if "help" in f.metadata]
+    group = parser.add_mutually_exclusive_group() if any(f.metadata["group"] for f in told) else parser
+    for f in told:
         many = typing.get_origin(hints[f.name]) is tuple
         kind = next(k for k in typing.get_args(hints[f.name]) or (hints[f.name],) if k not in (NoneType, Ellipsis))
         how: dict[str, Any] = {"action": "store_true", "default": None} if kind is bool else {"type": kind}

@@ -6,15 +6,20 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
 
 from ldm.canvas import Canvas
 from ldm.checkpoints.native import Model
 from ldm.diffusion.editing import keep, slerp
 from ldm.diffusion.guidance import Denoise
 from ldm.diffusion.noise import SeededNoise
-from ldm.models.autoencoder import Gaussian
+from ldm.models import stripes
+from ldm.models.autoencoder import Autoencoder, Gaussian
 from ldm.request import Request
 from ldm.shapes import Image, Latent
+
+LARGE = 1536**2  # pixels beyond which the autoencoder works in stripes
 
 
 @dataclass(frozen=True)
@@ -22,9 +27,9 @@ class Start:
     """The first state of a run; concat: what an inpainting model sees beside it; known, mask: see `keep`."""
 
     x: Latent
-    concat: Latent | None = None
-    known: Latent | None = None
-    mask: Latent | None = None
+    concat: Float[Tensor, "b _ h w"] | None = None
+    known: Float[Tensor, "b c h w"] | None = None
+    mask: Float[Tensor, "1 1 h w"] | None = None
 
     def hold(self, denoise: Denoise) -> Denoise:
         """The denoiser, held to the picture where there is one to keep."""
@@ -33,12 +38,24 @@ class Start:
 
 def encode(model: Model, image: Image) -> Gaussian:
     """Latents of pictures, in fp32."""
-    weight = next(model.autoencoder.parameters())
-    return Gaussian(*(part.float() for part in model.autoencoder.encode(image.to(weight))))
+    autoencoder, pixels = model.autoencoder, image.to(next(model.autoencoder.parameters()))
+    large = isinstance(autoencoder, Autoencoder) and image[0, 0].numel() > LARGE
+    moments = stripes.encode(autoencoder, pixels) if large else autoencoder.encode(pixels)
+    return Gaussian(*(part.float() for part in moments))
+
+
+def decode(model: Model, latent: Latent) -> Image:
+    """Pictures of latents; large ones in stripes."""
+    autoencoder = model.autoencoder
+    large = isinstance(autoencoder, Autoencoder) and latent[0, 0].numel() * autoencoder.factor**2 > LARGE
+    return stripes.decode(autoencoder, latent) if large else autoencoder.decode(latent)
 
 
 def begin(model: Model, requests: Sequence[Request], noise: SeededNoise, sigma: float, canvas: Canvas | None) -> Start:
-    """The start of a batch of complete requests at level sigma; draws noise in the order of diffusers' pipelines."""
+    """The start of a batch of complete requests at level sigma; draws noise in the order of diffusers' pipelines.
+
+    To invert, the start is the picture's latent itself, without noise.
+    """
     r, backbone, autoencoder = requests[0], model.backbone, model.autoencoder
     assert backbone and r.height and r.width
     multiple = autoencoder.factor * backbone.config.factor
@@ -47,16 +64,19 @@ def begin(model: Model, requests: Sequence[Request], noise: SeededNoise, sigma: 
     n, device = len(noise.generators), next(autoencoder.parameters()).device
     empty = torch.empty((n, autoencoder.config.z_channels, *cells), device=device)
     scale, inpaints = model.schedule.start(sigma), backbone.config.in_channels > backbone.config.out_channels
-    canvas = canvas and canvas.padded(height, width)
+    canvas = None if canvas is None or (r.restore and r.strength == 1) else canvas.padded(height, width)
     mask = None if canvas is None else canvas.mask
     anew = mask is not None and r.strength == 1  # under the mask nothing is left of what was there
     known = None
     if canvas is not None and not (anew and inpaints):
-        known = encode(model, canvas.image).sample(noise(empty))
+        latents = encode(model, canvas.image)
+        known = latents.mode.expand_as(empty) if r.invert else latents.sample(noise(empty))
     eps = noise(empty)
     if r.variation:
         other = SeededNoise([o.variation_seed for o in requests])(empty)
         eps = slerp(eps, other, r.variation)
+    if r.invert and known is not None:
+        eps = torch.zeros_like(eps)
     x = eps * scale if known is None else known.add(eps, alpha=sigma)
     painted = None if mask is None else F.adaptive_max_pool2d(mask, cells).to(x)
     if inpaints:
@@ -67,4 +87,4 @@ def begin(model: Model, requests: Sequence[Request], noise: SeededNoise, sigma: 
         return Start(x, concat=torch.cat([painted.expand(n, -1, -1, -1), rest.expand(n, -1, -1, -1)], dim=1))
     if known is None or painted is None:
         return Start(x)
-    return Start(x.lerp(eps * scale, painted) if anew else x, known=known, mask=painted)
+    return Start(x.lerp(eps * scale, painted) if anew and not r.invert else x, known=known, mask=painted)

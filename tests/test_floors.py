@@ -11,7 +11,7 @@ FLOORS = (
     {"diffusion", "models", "data"},
     {"text", "adapters"},
     {"checkpoints"},
-    {"families", "images", "recipe", "canvas", "steering", "start", "foreign"},
+    {"families", "images", "recipe", "canvas", "steering", "start", "foreign", "restore", "limits"},
     {"pipeline", "training", "evaluation", "preview", "jobs"},
     {"painting"},
     {"serving", "scripts"},
@@ -25,6 +25,8 @@ SIBLINGS = {
     ("evaluation", "pipeline"),  # pictures to judge
     ("recipe", "images"),  # a recipe lives in a picture's file
     ("canvas", "images"),  # read from pictures' files
+    ("restore", "canvas"),  # what was measured is a picture
+    ("limits", "restore"),  # what can be undone
     ("start", "canvas"),  # a run may begin with a picture
     ("recipe", "foreign"),  # what others wrote
 }

@@ -289,7 +289,7 @@ def test_a_picture_to_start_from(command: Command, tmp_path: Path) -> None:
     assert "give it as --init-image" in command.fails("--prompt", "a", "--mask", old)
     assert "mask" in command.fails("--prompt", "a", *first, "--mask", tmp_path / "half.png")
     assert "cannot read" in command.fails("--prompt", "a", "--init-image", SCRIPT)
-    assert "strength 0.5 is of a picture" in command.fails("--prompt", "a", "--strength", 0.5)
+    assert "strength is of a picture" in command.fails("--prompt", "a", "--strength", 0.5)
 
 
 def test_what_else_goes_into_a_picture(command: Command, tmp_path: Path) -> None:

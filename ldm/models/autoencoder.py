@@ -229,7 +229,11 @@ class Autoencoder(nn.Module):
 
     def encode(self, image: Image) -> Gaussian:
         """image: (b, 3, H, W) in [-1, 1], H and W multiples of `factor`."""
-        mean, logvar = self.encoder(image).chunk(2, dim=1)
+        return self.latents(self.encoder(image))
+
+    def latents(self, moments: Features) -> Gaussian:
+        """The encoder's moments as a distribution over normalised latents."""
+        mean, logvar = moments.chunk(2, dim=1)
         if self.config.codebook:  # a point, that the decoder rounds
             logvar = torch.full_like(logvar, -30)
         shift, scale = self._statistics(mean)
