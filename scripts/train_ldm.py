@@ -17,6 +17,7 @@ from ldm.errors import script
 from ldm.training.arguments import split
 from ldm.training.config import LdmRun
 from ldm.training.loop import train
+from ldm.training.memory import announce
 from ldm.training.tasks.denoising import DenoisingTask
 
 
@@ -25,7 +26,9 @@ def main() -> None:
     path, run, overrides = split(sys.argv[1:], str(__doc__), LdmRun)
     settings = config.load(LdmRun, path, overrides)
     torch.manual_seed(settings.run.seed)  # of the fresh weights: all else is keyed
-    raise SystemExit(train(DenoisingTask(settings), settings, run).exit_code)
+    task = DenoisingTask(settings)
+    announce(task, settings)
+    raise SystemExit(train(task, settings, run).exit_code)
 
 
 if __name__ == "__main__":

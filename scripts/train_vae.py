@@ -15,6 +15,7 @@ from ldm.errors import script
 from ldm.training.arguments import split
 from ldm.training.config import VaeRun
 from ldm.training.loop import train
+from ldm.training.memory import announce
 from ldm.training.tasks.autoencoder import AutoencoderTask
 
 
@@ -23,7 +24,9 @@ def main() -> None:
     path, run, overrides = split(sys.argv[1:], str(__doc__), VaeRun)
     settings = config.load(VaeRun, path, overrides)
     torch.manual_seed(settings.run.seed)  # of the fresh weights: all else is keyed
-    raise SystemExit(train(AutoencoderTask(settings), settings, run).exit_code)
+    task = AutoencoderTask(settings)
+    announce(task, settings)
+    raise SystemExit(train(task, settings, run).exit_code)
 
 
 if __name__ == "__main__":

@@ -6,13 +6,15 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from ldm.errors import Parser
+from ldm import config
+from ldm.errors import Parser, UserError
+from ldm.training.config import LdmRun, VaeRun
 
 
-def split(arguments: Sequence[str], usage: str, config: type) -> tuple[Path, Path, list[str]]:
-    """(config file, run folder, overrides). `--help` lists every field of `config` with its default."""
+def split(arguments: Sequence[str], usage: str, kind: type) -> tuple[Path, Path, list[str]]:
+    """(config file, run folder, overrides). `--help` lists every field of `kind` with its default."""
     parser = Parser(usage)
-    fields = "\n".join(f"  --{name} {default}" for name, default in _fields(config))
+    fields = "\n".join(f"  --{name} {default}" for name, default in _fields(kind))
     parser.epilog = f"fields of the config, with their defaults:\n{fields}"
     parser.add_argument("config", type=Path, help="a YAML file")
     parser.add_argument("--run", type=Path, required=True, help="the folder of the run, made if it is not there")
@@ -20,9 +22,23 @@ def split(arguments: Sequence[str], usage: str, config: type) -> tuple[Path, Pat
     return known.config, known.run, overrides
 
 
-def _fields(config: type, default: Any = None, where: str = "") -> Iterator[tuple[str, Any]]:
-    hints = typing.get_type_hints(config)
-    for field in dataclasses.fields(config):
+def load_any(path: Path, overrides: Sequence[str]) -> VaeRun | LdmRun:
+    """The config of a training script, of whichever its fields are. UserError of the one that it is nearer to."""
+    errors: list[UserError] = []
+    kinds: tuple[type[LdmRun] | type[VaeRun], ...] = (LdmRun, VaeRun)
+    for kind in kinds:
+        try:
+            return config.load(kind, path, overrides)
+        except UserError as error:
+            errors.append(error)
+    names = {field.name for field in dataclasses.fields(VaeRun)} - {field.name for field in dataclasses.fields(LdmRun)}
+    of_vae = path.is_file() and any(line.split(":")[0] in names for line in path.read_text().splitlines())
+    raise errors[of_vae]
+
+
+def _fields(kind: type, default: Any = None, where: str = "") -> Iterator[tuple[str, Any]]:
+    hints = typing.get_type_hints(kind)
+    for field in dataclasses.fields(kind):
         value = field.default if default is None else getattr(default, field.name)
         missing = value is dataclasses.MISSING
         if dataclasses.is_dataclass(hints[field.name]):

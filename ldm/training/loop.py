@@ -71,7 +71,6 @@ def train(task: Task, config: VaeRun | LdmRun, path: Path) -> Outcome:
     processes = Processes(run, optim, path)
     accelerator, device, main = processes.accelerator, processes.device, processes.main
     if device.type == "cuda":
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = run.precision != "fp32"
         torch.backends.cudnn.benchmark = True
 
     with processes.together(), Bar(run.steps, shown=main) as bar, interrupts() as interrupted, Writer() as writer:

@@ -37,11 +37,15 @@ class Meter:
         self.sums = {}
         return record
 
-    def state(self) -> dict[str, Any]:
-        return {name: value.tolist() for name, value in self.sums.items()}
+    def state(self, accelerator: Accelerator) -> dict[str, Any]:
+        """The sums of every process, which must all ask for them."""
+        return {name: accelerator.gather(pair[None]).tolist() for name, pair in self.sums.items()}
 
-    def restore(self, state: dict[str, Any]) -> None:
-        self.sums = {name: torch.tensor(value, device=self.device) for name, value in state.items()}
+    def restore(self, state: dict[str, Any], rank: int, count: int) -> None:
+        """Those of this one of `count` processes; where there were more or fewer, the first takes what all had."""
+        for name, rows in state.items():
+            pairs = torch.tensor(rows, device=self.device)
+            self.sums[name] = pairs[rank] if len(pairs) == count else pairs.sum(0) * (rank == 0)
 
 
 def binned(values: Float[Tensor, " b"], places: Float[Tensor, " b"], bins: int = 8) -> Float[Tensor, "2 bins"]:
@@ -88,3 +92,8 @@ class Clock:
 def memory(device: torch.device) -> dict[str, float]:
     """The most memory that tensors took so far on a GPU."""
     return {"gpu_gb": round(torch.cuda.max_memory_allocated(device) / 1e9, 3)} if device.type == "cuda" else {}
+
+
+def scalars(record: Mapping[str, Any]) -> dict[str, float]:
+    """What trackers can draw of a line of the log."""
+    return {name: value for name, value in record.items() if isinstance(value, (int, float))}

@@ -79,6 +79,7 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(tmp_path: Path):
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: the processes that read data get it too
     _, error = process.communicate(timeout=60)
     assert process.returncode == 130, error
+    assert error.startswith("memory: ") and "for a step: weights" in error
     assert "Traceback" not in error and "which is saved" in error and error.count("finishing this step") == 1
     done = int(next((run / "checkpoints").iterdir()).name)
     assert done == json.loads(log.read_text().splitlines()[-1])["step"]

@@ -124,7 +124,11 @@ class Server:
 def records(run: Path) -> list[dict[str, Any]]:
     """The log of a run without its times."""
     lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in line.items() if name not in TIMES} for line in lines]
+    kept = [{name: value for name, value in line.items() if name not in TIMES} for line in lines]
+    for record in kept:
+        for name in [name for name, value in record.items() if isinstance(value, list)]:
+            record |= {f"{name}.{i}": value for i, value in enumerate(record.pop(name)) if value is not None}
+    return kept
 
 
 def result(run: Path) -> tuple[Any, ...]:

@@ -30,13 +30,14 @@ from ldm.families.vae import load_vae
 from ldm.files import sha256
 from ldm.models.autoencoder import Autoencoder, AutoencoderConfig
 from ldm.models.unet import UNet
-from ldm.shapes import Image, Latent, TokenIds
+from ldm.shapes import Image, Latent, Sigma, TokenIds
 from ldm.text.tower import Conditioner
 from ldm.training import keyed
 from ldm.training.config import LdmRun
 from ldm.training.heldback import HeldBack
 from ldm.training.importance import Importance
 from ldm.training.learner import Batch, Losses, Objective
+from ldm.training.meter import binned
 from ldm.training.optim import check_patterns, freeze
 from ldm.training.progress import Bar
 from ldm.training.recompute import recompute
@@ -117,10 +118,14 @@ class DenoisingTask:
             noise = paired(noise, x0, loss.pairing)
         seen = noise + loss.perturbation * draw("perturbation", tuple(x0.shape[1:])) if loss.perturbation else None
         network = self.network(batch)
-        losses = self.losses(x0, self.schedule.quantile(u), noise, cond, seen=seen, network=network)
+        losses = self.losses(x0, self.levels(u), noise, cond, seen=seen, network=network)
         if self.importance is not None:
             self.importance.see(u, losses.detach())
-        return {"loss": (losses / density).mean()}
+        return {"loss": (losses / density).mean(), "loss_by_sigma": binned(losses.detach(), u)}
+
+    def levels(self, u: Tensor) -> Sigma:
+        """Noise levels (b,) of numbers that are even over [0, 1)."""
+        return self.schedule.quantile(u)
 
     def losses(
         self,
@@ -202,7 +207,7 @@ class DenoisingTask:
         """The loss on held-back pictures: noise fixed, noise levels spread evenly over the training density."""
         position = torch.arange(len(self.held_back))
         place = keyed.uniform(self.seed, "validation order", position).argsort()
-        levels = self.schedule.quantile((place + 0.5) / len(place))
+        levels = self.levels((place + 0.5) / len(place))
         total = 0.0
         for start in range(0, len(position), self.config.run.batch_size):
             part = slice(start, start + self.config.run.batch_size)

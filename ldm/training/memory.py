@@ -1,0 +1,172 @@
+"""The memory of a training step, known before it starts: the step is run on tensors without data, and counted.
+
+Sizes do not depend on values, so a pass under torch's FakeTensorMode allocates what the real one would, in name only.
+"""
+
+import copy
+import os
+import sys
+import weakref
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ldm.errors import UserError
+from ldm.training.config import LdmRun, VaeRun
+from ldm.training.processes import precision
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes. held: networks that are not trained; step: the most that activations and gradients take at one time."""
+
+    weights: int
+    held: int
+    average: int
+    optimizer: int
+    gradients: int
+    step: int
+
+    @property
+    def total(self) -> int:
+        """At the worst moment: in the backward pass, or when the average moves by a difference of its own size."""
+        return self.weights + self.held + self.average + self.optimizer + max(self.step, self.gradients + self.average)
+
+    def __str__(self) -> str:
+        parts = {
+            "weights": self.weights + self.held,
+            "their average": self.average,
+            "optimiser": self.optimizer,
+            "gradients and activations": max(self.step, self.gradients + self.average),
+        }
+        return f"{size(self.total)} for a step: " + ", ".join(f"{name} {size(n)}" for name, n in parts.items())
+
+
+class Counter(TorchDispatchMode):
+    """Within it, counts the bytes of tensors that live at one time, besides `known` ones, and remembers the peak."""
+
+    def __init__(self, known: list[Tensor]) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self._known: weakref.WeakSet[Any] = weakref.WeakSet(tensor.untyped_storage() for tensor in known)
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        for value in torch.utils._pytree.tree_leaves(result):
+            if isinstance(value, Tensor) and (storage := value.untyped_storage()) not in self._known:
+                self._known.add(storage)
+                self.live += storage.nbytes()
+                self.peak = max(self.peak, self.live)
+                weakref.finalize(storage, self._free, storage.nbytes())
+        return result
+
+    def _free(self, size: int) -> None:
+        self.live -= size
+
+
+# Bytes of an optimiser's state for a byte of its parameters.
+STATE = {"adamw": 2.0, "adamw8bit": 0.5, "prodigy": 4.0, "adafactor": 0.01, "muon": 1.0}
+
+
+def predict(task: Any, config: VaeRun | LdmRun, processes: int = 1, device: torch.device | None = None) -> Memory:
+    """The memory of a step of one of `processes` processes that share the batch. `task` is left as it is.
+
+    Not counted are the libraries, the data loader, and what a kernel takes for itself while it runs.
+    """
+    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    share = max(config.run.batch_size // (processes * config.optim.accumulate), 1)
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision(config.run))
+    sample = task.dataset.__getitems__([0])
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.compiler.set_stance("force_eager"):
+        double, tensors = _double(task, mode, device)
+        batch: dict[str, Any] = {"step": 10**9} | {name: _grown(value, share, device) for name, value in sample.items()}
+        if isinstance(config, LdmRun) and config.cache:
+            with torch.no_grad():
+                shape = double.latent(batch).shape
+            batch |= {name: torch.empty(shape, dtype=torch.float16, device=device) for name in ("mean", "std")}
+            del batch["image"]
+        counter, gradients = Counter(tensors), list[Tensor | None]()
+        with counter, torch.autocast(device.type, dtype or torch.bfloat16, enabled=dtype is not None):
+            for objective in double.objectives():
+                trained = [p for net in objective.networks.values() for p in net.parameters() if p.requires_grad]
+                loss = objective.loss(batch)["loss"]
+                gradients += torch.autograd.grad(loss, trained, allow_unused=True)
+                del loss
+        trained_bytes = sum(_bytes(p) for net in double.networks.values() for p in net.parameters() if p.requires_grad)
+        averaged = sum(_bytes(p) for n in double.averaged for p in double.networks[n].parameters() if p.requires_grad)
+    copies = (config.optim.accumulate > 1) + (processes > 1)  # gradients that wait for more, or to be sent
+    return Memory(
+        weights=trained_bytes,
+        held=sum(map(_bytes, tensors)) - trained_bytes,
+        average=averaged * max(len(config.run.ema.widths), 1),
+        optimizer=int(trained_bytes * STATE[config.optim.kind]),
+        gradients=trained_bytes,
+        step=counter.peak + copies * trained_bytes,
+    )
+
+
+def announce(task: Any, config: VaeRun | LdmRun) -> None:
+    """Say on stderr what a step will take, in the first process of those that a launcher started."""
+    if os.environ.get("RANK", "0") != "0":
+        return
+    try:
+        line = str(predict(task, config, int(os.environ.get("WORLD_SIZE", "1"))))
+    except UserError:
+        raise
+    except Exception as error:  # an operator that has no rule for shapes keeps nobody from training
+        line = f"a step's is not known before it is taken ({type(error).__name__})"
+    sys.stderr.write(f"memory: {line}\n")
+
+
+def free(device: torch.device) -> int:
+    """Bytes that are free on a GPU, or in the machine."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    lines = Path("/proc/meminfo").read_text().splitlines() if Path("/proc/meminfo").exists() else []
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")), sys.maxsize)
+
+
+def _double(task: Any, mode: FakeTensorMode, device: torch.device) -> tuple[Any, list[Tensor]]:
+    """A copy of the task whose tensors are fake, and these; everything else is shared."""
+    fakes: dict[int, Tensor] = {}
+
+    def fake(value: Tensor) -> Tensor:
+        if id(value) not in fakes:
+            empty = torch.empty_like(value, device=device)
+            trained = nn.Parameter(empty, requires_grad=value.requires_grad)
+            fakes[id(value)] = trained if isinstance(value, nn.Parameter) else empty
+        return fakes[id(value)]
+
+    def copied(value: Any) -> Any:
+        if isinstance(value, nn.Module):
+            memo: dict[int, Any] = {id(t): fake(t) for t in (*value.parameters(), *value.buffers())}
+            return modules.setdefault(id(value), copy.deepcopy(value, memo))
+        if isinstance(value, dict) and any(isinstance(part, nn.Module) for part in value.values()):
+            return {name: copied(part) for name, part in value.items()}
+        return fake(value) if isinstance(value, Tensor) else value
+
+    modules: dict[int, nn.Module] = {}
+    double = copy.copy(task)
+    for name, value in vars(task).items():
+        setattr(double, name, copied(value))
+    double.device = device
+    return double, list(fakes.values())
+
+
+def _grown(value: Any, count: int, device: torch.device) -> Any:
+    if isinstance(value, Tensor):
+        return torch.empty(count, *value.shape[1:], dtype=value.dtype, device=device)
+    return value * count
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def size(count: float) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"

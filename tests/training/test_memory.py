@@ -1,0 +1,75 @@
+"""The memory of a step is said before it is taken: compared with what torch's allocator then gives out."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ldm.training import checkpoint
+from ldm.training.loop import train
+from ldm.training.memory import predict
+from ldm.training.tasks.autoencoder import AutoencoderTask
+from ldm.training.tasks.denoising import DenoisingTask
+
+TOLERANCE = 0.15
+CASES = {
+    "vae with discriminator": ("vae", ["--model.channels", "[32, 64]"]),
+    "vae bf16": ("vae", ["--model.channels", "[32, 64]", "--run.precision", "bf16"]),
+    "unet": ("ldm", ["--backbone.channels", "[64, 128]", "--run.batch_size", "8"]),
+    "unet, in parts": ("ldm", ["--backbone.channels", "[64, 128]", "--optim.accumulate", "2", "--cache", "HERE"]),
+}
+
+
+def allocated(trace: Path) -> int:
+    """The most bytes that were given out at one time."""
+    events = json.loads(trace.read_text())["traceEvents"]
+    return max(event["args"]["Total Allocated"] for event in events if event.get("name") == "[memory]")
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n == "vae bf16" else pytest.mark.slow) for n in CASES])
+def test_predicted_is_what_a_run_takes(
+    name: str, request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    kind, overrides = CASES[name]
+    overrides = [str(tmp_path) if word == "HERE" else word for word in overrides]
+    settings = request.getfixturevalue(kind)("--run.steps", "2", "--data.size", "64", *overrides)
+    # on a GPU the copy for a checkpoint lies elsewhere
+    monkeypatch.setattr(checkpoint, "copied", lambda tensors: {})
+    for task in (AutoencoderTask, DenoisingTask):
+        monkeypatch.setattr(task, "validate", lambda _: {})
+        monkeypatch.setattr(task, "sample", lambda _: (torch.zeros(1, 3, 8, 8), 1))
+        monkeypatch.setattr(task, "export", lambda *_: None)
+    make: Any = AutoencoderTask if kind == "vae" else DenoisingTask
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        predicted = predict(made := make(settings), settings)
+        train(made, settings, tmp_path / "run")
+    profile.export_chrome_trace(str(tmp_path / "trace.json"))
+    assert predicted.total == pytest.approx(allocated(tmp_path / "trace.json"), rel=TOLERANCE)
+
+
+def test_what_the_prediction_knows(ldm, tmp_path: Path):
+    def of(*overrides: str, processes: int = 1) -> Any:
+        settings = ldm(*overrides)
+        return predict(DenoisingTask(settings), settings, processes)
+
+    plain = of("--run.batch_size", "8")
+    assert of("--run.batch_size", "16").step > 1.5 * plain.step
+    assert of("--run.batch_size", "16", processes=2).step == plain.step + plain.gradients
+    assert of("--run.batch_size", "8", "--optim.kind", "muon").optimizer == plain.optimizer / 2
+    assert of("--run.batch_size", "8", "--text.train", "true", "--freeze", "[text.*]").weights < plain.weights
+    assert str(plain).startswith(f"{plain.total / 1e6:.1f} MB for a step: weights")
+
+
+def test_the_task_is_left_as_it_was(vae, run, tmp_path: Path):
+    settings = vae("--run.steps", "2")
+    results = []
+    for name in ("asked", "not"):
+        torch.manual_seed(0)
+        task = AutoencoderTask(settings)
+        if name == "asked":
+            predict(task, settings)
+        train(task, settings, tmp_path / name)
+        results.append((tmp_path / name / "checkpoints/00000002/state.safetensors").read_bytes())
+    assert results[0] == results[1]
