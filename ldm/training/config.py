@@ -257,3 +257,31 @@ class InversionRun(LdmRun):
 
     weights: str = "embedded"
     inversion: InversionConfig = InversionConfig()
+
+
+@dataclass(frozen=True)
+class DistilConfig:
+    """steps: how many the teacher takes over all noise (consistency, reflow), or twice as many as its student
+    (progressive: the student's). guidance: the teacher's, which becomes the student's own: sample it with cfg_scale 1.
+    """
+
+    method: Literal["consistency", "progressive", "reflow"] = "consistency"
+    steps: int = 16
+    guidance: float = 5.0
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise ValueError(f"steps is {self.steps}: needs 1 or more")
+
+
+@dataclass(frozen=True)
+class DistilRun(LdmRun):
+    """scripts/train_distil.py: train_ldm's settings, of which `weights` names the teacher, where the student begins.
+
+    lora: let adapters learn it in place of the whole UNet (an LCM-LoRA).
+    """
+
+    weights: str = "embedded"
+    loss: DenoisingLoss = DenoisingLoss(caption_dropout=0.0)
+    distil: DistilConfig = DistilConfig()
+    lora: LoraConfig | None = None

@@ -1,6 +1,7 @@
 """What fine-tuning writes, other programs read: LoRAs trained here paint the same in diffusers."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,12 @@ from safetensors.torch import load_file
 
 from ldm import config
 from ldm.checkpoints import lora
-from ldm.checkpoints.native import Model
+from ldm.checkpoints.native import Model, SamplingDefaults
 from ldm.conditioning import Conditioning
 from ldm.data.options import PrepareConfig
 from ldm.data.prepare import prepare
+from ldm.diffusion.guidance import cfg
+from ldm.diffusion.samplers import SAMPLERS as SAMPLERS_OF
 from ldm.errors import UserError
 from ldm.families.control import load_control
 from ldm.families.load import load
@@ -24,9 +27,10 @@ from ldm.request import Request
 from ldm.text import inversion
 from ldm.text.chunks import read
 from ldm.text.reader import Reader
-from ldm.training.config import ControlRun, InversionRun, LoraRun
+from ldm.training.config import ControlRun, DistilRun, InversionRun, LoraRun
 from ldm.training.loop import train
 from ldm.training.tasks.controlnet import ControlTask
+from ldm.training.tasks.distil import SAMPLERS, DistilTask, consistency, progressive
 from ldm.training.tasks.inversion import InversionTask
 from ldm.training.tasks.lora import LoraTask
 
@@ -216,3 +220,74 @@ def test_a_word_that_no_caption_holds_is_refused(settings: Callable[..., Inversi
         InversionTask(settings(InversionRun))
     with pytest.raises(UserError, match="start '' is no word"):
         InversionTask(settings(InversionRun, "--data.shards", named, "--inversion.start", ""))
+
+
+def gaussian(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+    """The denoiser of normal data of deviation 2."""
+    return x * 4 / (4 + sigma.reshape(-1, 1, 1, 1) ** 2)
+
+
+def exact(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+    """Where the probability-flow ODE of that data leads."""
+    return x * 2 / (4 + sigma.reshape(-1, 1, 1, 1) ** 2).sqrt()
+
+
+def columns(*levels: float) -> list[torch.Tensor]:
+    return [torch.full((3, 1, 1, 1), level, dtype=torch.float64) for level in levels]
+
+
+def test_progressive_distillation_asks_for_the_picture_to_which_one_step_leads_as_two_did() -> None:
+    x = torch.randn(3, 4, 2, 2, dtype=torch.float64)
+    sigma, middle, lower = levels = columns(5.0, 2.0, 0.7)
+    two = gaussian(x, sigma).lerp(x, middle / sigma)
+    two = gaussian(two, middle).lerp(two, lower / middle)
+    one = progressive(gaussian, gaussian, x, levels).lerp(x, lower / sigma)
+    torch.testing.assert_close(one, two)
+
+
+def test_the_consistency_target_is_the_end_of_the_path_where_the_student_knows_it() -> None:
+    x = torch.randn(3, 4, 2, 2, dtype=torch.float64)
+    errors = []
+    for lower in (4.5, 4.75, 4.875):
+        wanted = consistency(gaussian, exact, x, columns(5.0, lower))
+        errors.append((wanted - exact(x, columns(5.0)[0])).abs().max().item())
+    assert errors[0] / errors[1] > 3.5 and errors[1] / errors[2] > 3.5, "one step's error is of second order"
+    last = consistency(gaussian, exact, x, columns(0.5, 0.0))
+    torch.testing.assert_close(last, gaussian(x, columns(0.5)[0]))  # at the end the teacher's own answer
+
+
+@pytest.mark.parametrize("method", SAMPLERS)
+def test_a_student_of_each_method_trains_and_is_a_model(
+    method: str, settings: Callable[..., Any], tmp_path: Path
+) -> None:
+    run = settings(DistilRun, "--distil.method", method, "--distil.steps", "4", "--optim.lr", "1e-3")
+    run = replace(run, defaults=SamplingDefaults())
+    task = DistilTask(run)
+    train(task, run, tmp_path / "run")
+    student = load(tmp_path / "run/model.safetensors")
+    assert student.spec.defaults.sampler == SAMPLERS[method] and student.spec.defaults.cfg_scale == 1
+    assert student.backbone is not None
+    moved = [not torch.equal(student.backbone.state_dict()[n], v) for n, v in task.teacher.state_dict().items()]
+    assert all(moved), "the student moves, the teacher stays"
+
+
+def test_a_student_in_adapters_is_a_lora_file(settings: Callable[..., Any], base: Model, tmp_path: Path) -> None:
+    run = settings(DistilRun, "--lora.rank", "2", "--lora.targets", "[unet.*.to_q]", "--distil.steps", "4")
+    train(DistilTask(run), run, tmp_path / "run")
+    assert not lora.inject(base, lora.read(tmp_path / "run/model.safetensors")).unmatched
+
+
+def test_reflow_trains_on_what_the_teacher_makes_of_the_same_noise(settings: Callable[..., Any], base: Model) -> None:
+    run = settings(DistilRun, "--distil.method", "reflow", "--distil.steps", "3", "--distil.guidance", "2")
+    task = DistilTask(run)
+    task.to(torch.device("cpu"))
+    noise = torch.randn(1, 4, 8, 8)
+    ids = task.tokenize(["a red apple"])
+    cond, empty = task.encode_text(ids), task.encode_text(task.empty)
+    denoise = cfg(base.denoiser(), cond, empty, 2.0)
+    sigmas = task.schedule.steps(3, task.config.defaults.schedule)
+    with torch.no_grad():
+        *_, last = SAMPLERS_OF["euler"](
+            denoise, noise * task.schedule.start(float(sigmas[0])), sigmas, torch.randn_like
+        )
+        torch.testing.assert_close(task._made(denoise, noise), last.x, rtol=1e-4, atol=1e-4)

@@ -15,6 +15,7 @@ from torch.nn.utils import parametrize
 
 from ldm.adapters.lora import LowRank, Place
 from ldm.checkpoints import lora_out
+from ldm.checkpoints.native import Model
 from ldm.errors import UserError
 from ldm.training.config import LoraConfig, LoraRun
 from ldm.training.tasks.denoising import DenoisingTask
@@ -49,31 +50,44 @@ class LoraTask(DenoisingTask):
             network.requires_grad_(False)
             if config.run.precision == "bf16":
                 network.to(torch.bfloat16)  # only what trains needs more
-        model = self.model()
-        places = _chosen(lora_out.targets(model), self.lora.targets)
-        rng = torch.Generator().manual_seed(config.run.seed)
-        weights = {f"{p}.{name}": value for p, m in model.modules.items() for name, value in m.state_dict().items()}
-        self.adapters = {name: _fresh(weights[place.name], place, self.lora, rng) for name, place in places.items()}
-        self.trains_text = any(place.name.startswith("text.") for place in places.values())
-        paired = sorted(((place, self.adapters[name]) for name, place in places.items()), key=lambda pair: pair[0].name)
-        for name, group in groupby(paired, key=lambda pair: pair[0].name):
-            network, _, inner = name.partition(".")
-            path, _, leaf = inner.rpartition(".")
-            owner = model.modules[network].get_submodule(path)
-            parametrize.register_parametrization(owner, leaf, Slices(list(group)), unsafe=True)
-        self.networks = {"adapters": nn.ModuleDict({name.replace(".", "/"): a for name, a in self.adapters.items()})}
+        self.adapters = wear(self.model(), self.lora, config.run.seed)
+        self.trains_text = any(name.startswith("text_encoder") for name in self.adapters)
+        self.networks = {"adapters": as_network(self.adapters)}
         self.averaged = ("adapters",)
 
     def export(self, path: Path, provenance: dict[str, Any]) -> None:
         """Write the adapters, as other programs read them."""
-        second = self.text.config.second is not None
-        rank, alpha = self.lora.rank, self.lora.alpha or self.lora.rank
-        facts: Mapping[str, object] = {
-            "ss_base_model": str(self.config.weights),
-            "ss_steps": provenance.get("steps", 0),
-        }
-        metadata = lora_out.kohya_metadata(rank, alpha, **facts)
-        lora_out.write(path, self.adapters, metadata, self.lora.layout, towers=2 if second else 1)
+        facts = {"ss_base_model": str(self.config.weights), "ss_steps": str(provenance.get("steps", 0))}
+        write(path, self.model(), self.adapters, self.lora, facts)
+
+
+def wear(model: Model, config: LoraConfig, seed: int) -> dict[str, LowRank]:
+    """Fresh adapters, which train with a model as parametrizations, on those of its weights that the targets name."""
+    weights = {f"{p}.{name}": value for p, m in model.modules.items() for name, value in m.state_dict().items()}
+    rng = torch.Generator().manual_seed(seed)
+    places = _chosen(lora_out.targets(model), config.targets)
+    adapters = {name: _fresh(weights[place.name], place, config, rng) for name, place in places.items()}
+    worn = sorted(((place, adapters[name]) for name, place in places.items()), key=lambda pair: pair[0].name)
+    for name, group in groupby(worn, key=lambda pair: pair[0].name):
+        network, _, inner = name.partition(".")
+        path, _, leaf = inner.rpartition(".")
+        owner = model.modules[network].get_submodule(path)
+        parametrize.register_parametrization(owner, leaf, Slices(list(group)), unsafe=True)
+    return adapters
+
+
+def as_network(adapters: Mapping[str, LowRank]) -> nn.ModuleDict:
+    """Adapters as one module: what trains, and is averaged and saved."""
+    return nn.ModuleDict({name.replace(".", "/"): adapter for name, adapter in adapters.items()})
+
+
+def write(
+    path: Path, model: Model, adapters: Mapping[str, LowRank], config: LoraConfig, facts: Mapping[str, str]
+) -> None:
+    """The file of a model's trained adapters."""
+    towers = 2 if model.spec.text is not None and model.spec.text.second is not None else 1
+    metadata = lora_out.kohya_metadata(config.rank, config.alpha or config.rank, **facts)
+    lora_out.write(path, adapters, metadata, config.layout, towers=towers)
 
 
 def _chosen(known: Mapping[str, Place], patterns: Sequence[str]) -> dict[str, Place]:

@@ -1,0 +1,33 @@
+"""Teach a student to paint in few steps what its teacher paints in many; the same command again goes on.
+
+python scripts/train_distil.py configs/distil.yaml --data.shards 'data/mine/{00000..00003}.tar' --run runs/student
+python scripts/txt2img.py --model runs/student/model.safetensors --prompt "a red car"
+
+The teacher is the embedded model, or --weights PATH; with --lora.rank 16 adapters learn it in place of the whole UNet.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import torch
+
+from ldm import config
+from ldm.errors import script
+from ldm.training.arguments import split
+from ldm.training.config import DistilRun
+from ldm.training.loop import train
+from ldm.training.tasks.distil import DistilTask
+
+
+@script
+def main() -> None:
+    path, run, overrides = split(sys.argv[1:], str(__doc__), DistilRun)
+    settings = config.load(DistilRun, path, overrides)
+    torch.manual_seed(settings.run.seed)
+    raise SystemExit(train(DistilTask(settings), settings, run).exit_code)
+
+
+if __name__ == "__main__":
+    main()
