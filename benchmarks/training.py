@@ -53,7 +53,8 @@ def shapes() -> tuple[LdmRun, UNetConfig]:
 
 def ours(run: LdmRun, shape: UNetConfig, precision: str, x0: torch.Tensor, tokens: torch.Tensor) -> Step:
     """The step of ldm/training: `precision` as it says it."""
-    network = UNet(shape).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    layout = torch.channels_last if run.run.channels_last else torch.contiguous_format
+    network = UNet(shape).to(memory_format=layout)
     prediction, schedule, cond = PREDICTIONS["eps"], make_schedule(ScheduleConfig()), Conditioning(tokens)
 
     def loss(batch: dict[str, Any]) -> dict[str, torch.Tensor]:

@@ -27,6 +27,7 @@ class Processes:
             project_dir=path,
             kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=run.timeout))],
         )
+        set_exactness(run)
         self.count, self.main = self.accelerator.num_processes, self.accelerator.is_main_process
         self.rank, self.device = self.accelerator.process_index, self.accelerator.device
         if run.batch_size % (self.count * optim.accumulate):
@@ -69,6 +70,11 @@ class Processes:
                 f"process {self.rank} of {self.count} stops, since another one is gone or hangs (its own message says "
                 f"why): {first}. The same command goes on from the last checkpoint"
             ) from None
+
+
+def set_exactness(run: RunConfig) -> None:
+    """Let a GPU multiply fp32 matrices in tf32, a thousandth less exact and several times as fast, but for `fp32`."""
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = run.precision != "fp32"
 
 
 def precision(run: RunConfig) -> str:
