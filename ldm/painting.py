@@ -43,6 +43,10 @@ def run(run: Run, given: dict[str, Any]) -> Iterator[Path]:
     painter.embed(run.embedding)
     painter.reader.wildcards = run.wildcards
     told = painter.adapt(run.lora)
+    if run.control:
+        painter.control(run.control, run.control_image, run.control_hint)
+    if run.ip_adapter and run.ip_image and run.image_tower:
+        painter.show(run.ip_adapter, run.ip_image, run.image_tower)
     if run.from_image and not run.model:
         told += painter.check(old.made)
     if jobs:

@@ -59,6 +59,12 @@ class Run:
     vae: str = _told("another autoencoder: a file or folder, TAESD's too (the model's own)", "")
     lora: tuple[str, ...] = _told("adapters, each FILE or FILE:0.8", ())
     embedding: tuple[Path, ...] = _told("textual inversions; prompts name them as their files are named", ())
+    control: tuple[str, ...] = _told("ControlNets and T2I-Adapters, each FILE, FILE:0.8 or FILE:0.8:0-0.5", ())
+    control_image: tuple[Path, ...] = _told("the picture that steers, one for each control or one for all", ())
+    control_hint: tuple[str, ...] = _told("what to draw of it first, such as canny; a wrong name lists all (none)", ())
+    ip_adapter: str | None = _told("IP-Adapter, FILE or FILE:0.8, that shows --ip-image beside the prompt")
+    ip_image: Path | None = _told("the picture that the result shall resemble")
+    image_tower: Path | None = _told("folder of the CLIP image tower that the IP-Adapter sees by")
     wildcards: Path | None = _told("folder whose name.txt holds lines for __name__ in prompts")
     n: int = _told("pictures a prompt (1)", 1, least=1)
     batch_size: int = _told("pictures made at once (4)", 4, least=1)
@@ -101,6 +107,10 @@ def checked(run: Run) -> Run:
         raise UserError('nothing to paint: give --prompt "a red apple", --prompts-file, --jobs or --from-image')
     if (run.mask or run.expand) and not run.init_image:
         raise UserError("--mask and --expand change a picture: give it as --init-image")
+    if bool(run.control) != bool(run.control_image):
+        raise UserError("--control and --control-image go together: the network, and the picture that it is shown")
+    if len({run.ip_adapter is None, run.ip_image is None, run.image_tower is None}) > 1:
+        raise UserError("--ip-adapter, --ip-image and --image-tower go together: give all three")
     if run.jobs and (run.from_image or run.grid or run.n > 1):
         raise UserError("--jobs says itself what each picture is: give it without --from-image, --n and --grid")
     return run

@@ -242,3 +242,9 @@ def test_only_the_network_that_works_is_on_the_device(tiny_model: Path, monkeypa
 def test_it_asks_for_something_that_goes_together(command: Command) -> None:
     command("--prompt", "a", "--preview", "x", "--preview-every", 0, code=2)
     assert "'0' is not a whole number of at least 1" in command.said
+    command("--prompt", "a", "--control", "x", code=2)
+    assert "--control and --control-image go together" in command.said
+    command("--prompt", "a", "--ip-image", "x", code=2)
+    assert "--ip-adapter, --ip-image and --image-tower go together" in command.said
+    command("--prompt", "a", "--control", "absent:0.5", "--control-image", "absent.png", code=2)
+    assert "absent" in command.said

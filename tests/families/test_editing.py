@@ -95,3 +95,40 @@ def test_inpainting_equals_diffusers(
     outside = np.ones((32, 48), bool)
     outside[BOX] = False
     assert (result[outside] == np.asarray(Pillow.open(files["picture"]))[outside]).all()
+
+
+def test_textual_inversion_equals_diffusers(folders: dict[str, Path], tmp_path: Path) -> None:
+    """Two vectors by the name of their token, in the middle of a prompt."""
+    import diffusers
+    from safetensors.torch import save_file
+    from transformers import CLIPTextModel, CLIPTokenizer
+
+    folder = folders["sd1"]
+    rows = torch.randn(2, 64, generator=torch.Generator().manual_seed(3))
+    save_file({"<birb>": rows}, tmp_path / "birb.safetensors")
+    pipe = diffusers.StableDiffusionPipeline(
+        vae=diffusers.AutoencoderKL.from_pretrained(folder / "vae"),
+        unet=diffusers.UNet2DConditionModel.from_pretrained(folder / "unet"),
+        scheduler=diffusers.DDIMScheduler.from_pretrained(folder / "scheduler", timestep_spacing="trailing"),
+        text_encoder=CLIPTextModel.from_pretrained(folder / "text_encoder"),
+        tokenizer=CLIPTokenizer.from_pretrained(folder / "tokenizer"),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipe.load_textual_inversion(tmp_path / "birb.safetensors", token="<birb>")
+    pipe.set_progress_bar_config(disable=True)
+    request = replace(REQUEST, prompt="a red <birb> on a table", width=32, height=32, plain_prompt=True)
+    expected = pipe(
+        request.prompt,
+        negative_prompt=request.negative,
+        num_inference_steps=request.steps,
+        guidance_scale=request.cfg_scale,
+        width=32,
+        height=32,
+        generator=torch.Generator().manual_seed(request.seed),
+    ).images[0]
+    painter = pipeline.load(str(folder), "cpu", "fp32")
+    painter.embed([tmp_path / "birb.safetensors"])
+    result = to_pixels(painter.txt2img(request))[0].numpy().astype(int)
+    assert_same(result, np.asarray(expected).astype(int))
