@@ -256,14 +256,14 @@ def to_image(image: UInt8[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 h w"]:
 def _open_shards(patterns: Sequence[str], config: DataConfig) -> Shards:
     if not 0 <= config.max_damaged <= 1:
         raise UserError(f"data.max_damaged {config.max_damaged} is not a share: give 0 to 1, such as 0.01")
-    cache = Cache(Path(config.cache).expanduser(), int(config.cache_gb * 1e9), config.patience)
+    cache = Cache(Path(config.copies).expanduser(), int(config.copies_gb * 1e9), config.patience)
     shards = Shards(*patterns, tolerate=config.max_damaged, cache=cache)
     remote = sorted(e.bytes for path, e in zip(shards.paths, shards.entries, strict=True) if isinstance(path, str))
     needed = sum(remote[-config.readers :])
     if needed > cache.limit:
         raise UserError(
             f"{min(len(remote), config.readers)} remote shards are read side by side and need "
-            f"{needed / 1e9:.3g} GB: raise data.cache_gb {config.cache_gb:g} or lower data.readers"
+            f"{needed / 1e9:.3g} GB: raise data.copies_gb {config.copies_gb:g} or lower data.readers"
         )
     return shards
 

@@ -134,7 +134,7 @@ class Cache:
         if used + size > self.limit:
             raise UserError(
                 f"{str(self.folder)!r} may hold {self.limit} bytes, too few for {url!r} with {size}: "
-                "raise data.cache_gb"
+                "raise data.copies_gb"
             )
 
     def _promised(self) -> int:

@@ -26,8 +26,8 @@ class DataConfig:
     the usual one. seed: of the order, captions, crops and flips; epochs: the most that any source is shown, 0 for no
     end. readers: shards that are read side by side; window: how far the shuffle moves a sample along each. workers:
     processes that decode, 0 for the training process itself. max_damaged: the share of damaged samples that others may
-    stand in for. patience: seconds to wait for data that does not come. cache, cache_gb: where copies of remote shards
-    are kept, and how much of them.
+    stand in for. patience: seconds to wait for data that does not come. copies, copies_gb: where copies of remote
+    shards are kept, and how much of them.
     """
 
     shards: str
@@ -44,8 +44,8 @@ class DataConfig:
     workers: int = 2
     max_damaged: float = 0.01
     patience: float = 300.0
-    cache: str = "~/.cache/ldm/shards"
-    cache_gb: float = 50.0
+    copies: str = "~/.cache/ldm/shards"
+    copies_gb: float = 50.0
 
 
 class Source(NamedTuple):

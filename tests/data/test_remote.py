@@ -1,6 +1,7 @@
 """Remote shards: copied whole, checked, into a folder that never grows beyond its bound."""
 
 import dataclasses
+import fcntl
 import functools
 import http.server
 import multiprocessing
@@ -33,7 +34,7 @@ def uploaded(tmp_path, sample):
 
 
 def config(tmp_path: Path, shards: str = "memory://set/{00000..00005}.tar", **changes) -> DataConfig:
-    common = {"shards": shards, "size": 16, "workers": 0, "readers": 2, "window": 4, "cache": str(tmp_path / "cache")}
+    common = {"shards": shards, "size": 16, "workers": 0, "readers": 2, "window": 4, "copies": str(tmp_path / "cache")}
     return DataConfig(**common | changes)
 
 
@@ -44,13 +45,13 @@ def held(folder: Path) -> int:
 def test_remote_shards_give_what_local_ones_give(uploaded, tmp_path):
     size = read_manifest(uploaded)["00000.tar"].bytes
     bound = 3 * size / 1e9
-    dataset = open_dataset(config(tmp_path, cache_gb=bound))
+    dataset = open_dataset(config(tmp_path, copies_gb=bound))
     local = open_dataset(config(tmp_path, str(uploaded)))
     for here, there in zip(loader(local, 4, stop=60), loader(dataset, 4, stop=60), strict=True):
         assert here["key"] == there["key"] and (here["image"] == there["image"]).all()
         assert held(tmp_path / "cache") <= 3 * size
     assert not list((tmp_path / "cache").glob(".*.part"))
-    folder = open_dataset(config(tmp_path, "memory://set", cache_gb=bound))
+    folder = open_dataset(config(tmp_path, "memory://set", copies_gb=bound))
     assert len(folder) == 24
 
 
@@ -66,8 +67,8 @@ def test_what_was_used_longest_ago_goes(uploaded, tmp_path):
 
 
 def test_a_bound_below_what_is_read_side_by_side_is_refused(uploaded, tmp_path):
-    with pytest.raises(UserError, match="2 remote shards are read side by side and need .* raise data.cache_gb"):
-        open_dataset(config(tmp_path, cache_gb=2e-5))
+    with pytest.raises(UserError, match="2 remote shards are read side by side and need .* raise data.copies_gb"):
+        open_dataset(config(tmp_path, copies_gb=2e-5))
     entry = read_manifest(uploaded)["00000.tar"]
     with pytest.raises(UserError, match="may hold 100 bytes, too few for"):
         Cache(tmp_path / "cache", 100).get("memory://set/00000.tar", entry.sha256, entry.bytes)
@@ -103,6 +104,27 @@ def test_a_server_that_stops_sending_is_told_of(uploaded, tmp_path, monkeypatch)
     monkeypatch.setattr(fsspec.get_filesystem_class("memory"), "get_file", lambda *_: time.sleep(5))
     with pytest.raises(UserError, match="shard 'memory://set/00000.tar' sent nothing for 0.3 s"):
         Cache(tmp_path / "cache", 10**6, 0.3).get("memory://set/00000.tar", entry.sha256, entry.bytes)
+
+
+def test_waiting_for_another_process_has_an_end(uploaded, tmp_path):
+    entry = read_manifest(uploaded)["00000.tar"]
+    cache = Cache(tmp_path / "cache", 10**6, 0.2)
+    cache.folder.mkdir()
+    with (cache.folder / f".{entry.sha256[:32]}.tar.lock").open("w") as held_by_another:
+        fcntl.flock(held_by_another, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match="waited 0.2 s for another process to fetch 'memory://set/00000.tar'"):
+            cache.get("memory://set/00000.tar", entry.sha256, entry.bytes)
+    assert cache.get("memory://set/00000.tar", entry.sha256, entry.bytes).exists()
+
+
+def test_what_a_killed_process_left_is_cleared(uploaded, tmp_path):
+    entry = read_manifest(uploaded)["00000.tar"]
+    cache = Cache(tmp_path / "cache", entry.bytes)
+    cache.folder.mkdir()
+    (cache.folder / ".abc.tar.lock").write_text(str(entry.bytes))  # a promise that nobody holds
+    (cache.folder / ".abc.tar.0123.part").write_bytes(b"half")
+    assert cache.get("memory://set/00000.tar", entry.sha256, entry.bytes).exists()
+    assert not list(cache.folder.glob("*.part"))
 
 
 def test_a_fault_on_the_way_is_tried_again(uploaded, tmp_path, monkeypatch):
