@@ -26,7 +26,9 @@ def main() -> None:
     run = request.checked(request.Run(**request.given(args, request.Run)))
 
     from ldm import painting  # after the flags are read: what follows takes seconds
+    from ldm.models import speed
 
+    speed.keep_memory()
     for path in painting.run(run, request.given(args, request.Request)):
         print(path, flush=True)
 
