@@ -1,0 +1,185 @@
+"""What would go wrong with a run, found before its first step: each finding is a line that says what to do."""
+
+import importlib.util
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ldm.checkpoints.native import SamplingDefaults
+from ldm.data.dataset import to_image
+from ldm.data.shards import Shards
+from ldm.errors import UserError
+from ldm.files import sha256
+from ldm.training import checkpoint, memory
+from ldm.training.config import LdmRun, VaeRun
+from ldm.training.folder import check_same
+from ldm.training.optim import rate
+from ldm.training.tasks.autoencoder import AutoencoderTask
+from ldm.training.tasks.denoising import DenoisingTask
+
+LOOKED_AT = 64  # samples
+# Rates above which hardly any run works.
+STEEP = {"adamw": 0.02, "adamw8bit": 0.02, "prodigy": 10.0, "adafactor": 0.1, "muon": 0.2}
+Settings = VaeRun | LdmRun
+
+
+def examine(config: Settings, run: Path | None = None, processes: int = 1) -> list[str]:
+    """The findings about a run in the folder `run` by that many processes; none: all is well."""
+    findings = [line for check in CHECKS for line in check(config, processes)]
+    try:
+        task = AutoencoderTask(config) if isinstance(config, VaeRun) else DenoisingTask(config)
+        sample = task.dataset.__getitems__(range(min(LOOKED_AT, len(task.dataset))))
+    except UserError as error:  # the networks or the shards; the checks below need both
+        return [*findings, str(error)]
+    if isinstance(task, DenoisingTask):
+        findings += captions(sample["caption"])
+        findings += latents(task, sample["image"][:16])
+    findings += room(task, config, run, processes)
+    findings += earlier(config, run) if run else []
+    return findings
+
+
+def shares(config: Settings, processes: int) -> Iterator[str]:
+    run, parts = config.run, processes * config.optim.accumulate
+    if run.batch_size % parts:
+        yield (
+            f"run.batch_size {run.batch_size} cannot be shared evenly by {processes} processes x optim.accumulate "
+            f"{config.optim.accumulate}: take a multiple of {parts}"
+        )
+
+
+def shards(config: Settings, processes: int) -> Iterator[str]:
+    """All files are there, whole, and enough."""
+    patterns = {"data.shards": config.data.shards, "data.validation": config.data.validation}
+    for name, pattern in patterns.items():
+        if name == "data.validation" and not pattern:
+            continue
+        try:
+            found = Shards(pattern)
+            for path, entry in zip(found.paths, found.entries, strict=True):
+                if entry.sha256 and Path(str(path)).is_file() and sha256(Path(str(path))) != entry.sha256:
+                    yield f"{name}: shard {str(path)!r} is damaged (its manifest has another sha256): copy it again"
+        except UserError as error:
+            yield f"{name}: {error}"
+            continue
+        count = sum(found.counts)
+        if name == "data.shards" and count < config.run.batch_size:
+            yield f"data.shards hold {count} samples, less than one run.batch_size {config.run.batch_size}: add shards"
+    if config.data.validation and config.data.validation == config.data.shards:
+        yield "data.validation is data.shards: what is trained on proves nothing, hold others back"
+
+
+def rates(config: Settings, processes: int) -> Iterator[str]:
+    optim, steps = config.optim, config.run.steps
+    if optim.lr <= 0:
+        yield f"optim.lr is {optim.lr}: nothing will move, take 1e-4, say"
+    if optim.lr > STEEP[optim.kind]:
+        yield f"optim.lr is {optim.lr}: {optim.kind} hardly ever stands more than {STEEP[optim.kind]}"
+    if optim.warmup >= steps:
+        top = max(rate(optim, step, steps) for step in (0, steps - 1))
+        yield f"optim.warmup {optim.warmup} is not over in {steps} steps (the rate ends at {top:.3g}): shorten it"
+    if not config.run.ema.warmup and config.run.ema.decay**steps > 0.1:
+        share = config.run.ema.decay**steps
+        yield f"run.ema.decay {config.run.ema.decay} still holds {share:.0%} of the first weights at the end: lower it"
+
+
+def saving(config: Settings, processes: int) -> Iterator[str]:
+    run = config.run
+    if run.checkpoint_every > run.steps or not run.checkpoint_every:
+        yield f"run.checkpoint_every {run.checkpoint_every} saves only at step {run.steps}: what is lost is all of it"
+    for name in run.trackers:
+        if importlib.util.find_spec(name) is None:
+            yield f"run.trackers has {name!r}, which is not installed: pip install {name}, or leave it out"
+
+
+def precision(config: Settings, processes: int) -> Iterator[str]:
+    gpu = torch.cuda.is_available()
+    if config.run.precision == "fp16" and not gpu:
+        yield "run.precision fp16 needs a GPU: take bf16 or fp32"
+    if config.run.precision == "bf16" and gpu and not torch.cuda.is_bf16_supported(including_emulation=False):
+        yield "run.precision bf16 is only emulated on this GPU, which is slow: take fp16 or fp32"
+    if config.run.precision == "tf32" and not gpu:
+        yield "run.precision tf32 is one of GPUs: take fp32 or bf16"
+
+
+def diffusion(config: Settings, processes: int) -> Iterator[str]:
+    if not isinstance(config, LdmRun):
+        return
+    zero = config.schedule.zero_snr
+    if zero and config.prediction in ("", "eps"):
+        yield "schedule.zero_snr with prediction eps: pure noise says nothing about the picture, take v or x0"
+    if zero and config.defaults.schedule not in ("trailing", SamplingDefaults().schedule):
+        how = config.defaults.schedule
+        yield f"schedule.zero_snr with defaults.schedule {how}: take trailing, which begins at pure noise"
+    guided, dropout = config.defaults.cfg_scale > 1, config.loss.caption_dropout
+    if guided and not dropout and not config.weights:
+        scale = config.defaults.cfg_scale
+        yield f"loss.caption_dropout is 0, so defaults.cfg_scale {scale} has no prediction to guide away from: take 0.1"
+    if dropout > 0.5:
+        yield f"loss.caption_dropout {dropout} hides most captions: take 0.1"
+
+
+def captions(texts: list[str]) -> Iterator[str]:
+    empty, (most, count) = sum(not text.strip() for text in texts), Counter(texts).most_common(1)[0]
+    if empty > len(texts) / 4:
+        yield f"{empty} of {len(texts)} captions looked at are empty: prepare the data with captions"
+    elif len(texts) >= 8 and count > len(texts) / 2:
+        yield f"{count} of {len(texts)} captions looked at are {most!r}: nothing can be learned from them"
+
+
+@torch.no_grad()
+def latents(task: DenoisingTask, images: torch.Tensor) -> Iterator[str]:
+    """Those of a few pictures must have a mean near 0 and a deviation near 1, which the noise levels are made for."""
+    mean = task.autoencoder.float().encode(to_image(images)).mode.float()
+    centre, spread = mean.mean((0, 2, 3)), mean.std((0, 2, 3))
+    if not mean.isfinite().all():
+        yield f"latents of {task.config.autoencoder!r} are not finite: take another file, or fp32"
+    elif centre.abs().max() > 1 or spread.max() > 2 or spread.mean() < 0.4:
+        yield (
+            f"latents of {task.config.autoencoder!r} have means {_numbers(centre)} and deviations {_numbers(spread)}, "
+            "not 0 and 1: its statistics (mean, std) are not those of this data, measure them with scripts/train_vae.py"
+        )
+
+
+def room(task: Any, config: Settings, run: Path | None, processes: int) -> Iterator[str]:
+    """Memory and disk."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    need, there = memory.predict(task, config, processes, device), memory.free(device)
+    here = need.total * (processes if device.type == "cpu" else 1)
+    if here > there:
+        yield (
+            f"a step needs {memory.size(here)} of memory, {memory.size(there)} are free: a smaller run.batch_size, "
+            "optim.accumulate 2 or more, or run.recompute true help"
+        )
+    settings = config.run
+    kept = settings.keep + 1 + (settings.steps // settings.keep_every if settings.keep_every else 0)
+    size = need.weights + need.average + need.optimizer
+    path = (run or Path()).absolute()
+    folder = next(parent for parent in (path, *path.parents) if parent.exists())
+    left = shutil.disk_usage(folder).free
+    if kept * size > left:
+        yield (
+            f"{kept} checkpoints of {memory.size(size)} do not fit on the disk of {str(folder)!r}, where "
+            f"{memory.size(left)} are free: take a smaller run.keep, a larger run.keep_every, or another --run"
+        )
+
+
+def earlier(config: Settings, run: Path) -> Iterator[str]:
+    """What the folder holds of a run before."""
+    try:
+        found = checkpoint.complete(run / "checkpoints")
+        if found:
+            check_same(config, checkpoint.read_state(found[-1])["config"], run)
+    except UserError as error:
+        yield str(error)
+
+
+def _numbers(values: torch.Tensor) -> str:
+    return "[" + ", ".join(f"{value:.2f}" for value in values[:4].tolist()) + (", ...]" if len(values) > 4 else "]")
+
+
+CHECKS: tuple[Callable[[Any, int], Iterator[str]], ...] = (shares, shards, rates, saving, precision, diffusion)
