@@ -116,6 +116,7 @@ class Cache:
                             f"waited {self.patience:g} s for another process to fetch {url!r} into {str(self.folder)!r}"
                         ) from None
                     time.sleep(_POLL)
+            file.truncate(0)  # what a dead process promised
             try:
                 yield file
             finally:
@@ -123,7 +124,7 @@ class Cache:
 
     def _make_room(self, size: int, url: str) -> None:
         files = sorted(
-            (s.st_mtime, s.st_size, p) for p in self.folder.iterdir() if (s := p.stat()) and p.name[0] != "."
+            (s.st_mtime, s.st_size, p) for p in self.folder.iterdir() if p.name[0] != "." and (s := p.stat())
         )
         used = sum(size for _, size, _ in files) + self._promised()
         for _, held, path in files:
