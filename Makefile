@@ -2,7 +2,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 PY := .venv/bin/python
 
-.PHONY: txt2img test test-all check format clean fuzz
+.PHONY: txt2img test test-all check format clean fuzz bench
 
 # The prompt goes through the environment, so that quotes, apostrophes and dollar signs in it stay what they are.
 txt2img: export PROMPT_TEXT := $(value PROMPT)
@@ -29,6 +29,10 @@ fuzz: .venv/.installed-dev
 .PHONY: chaos
 chaos: .venv/.installed-dev
 	$(PY) tests/training/chaos.py $(ARGS)
+
+# The benchmarks in their short form, into docs/performance.md; ARGS names some of them.
+bench: .venv/.installed-dev
+	$(PY) benchmarks/run.py $(ARGS)
 
 format: .venv/.installed-dev
 	$(PY) -m ruff format .

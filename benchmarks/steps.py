@@ -108,7 +108,7 @@ def child(args: argparse.Namespace) -> None:
 
     torch.set_num_threads(args.threads)
     clock = time.process_time if args.clock == "cpu" else time.perf_counter
-    with torch.inference_mode():
+    with torch.no_grad():  # as both pipelines do
         runs = networks(args)
         work = {name: flops(run) for name, run in runs.items()}  # which warms up too
         print(json.dumps(work), flush=True)
