@@ -29,9 +29,17 @@ def autoencoder(server: Server) -> str:
 def overrides(kind: str, precision: str, workers: int, run: Path, autoencoder: str) -> list[str]:
     words = ["--run.precision", precision, "--data.workers", str(workers), "--run.checkpoint_every", "2"]
     words += ["--run.log_every", "3"]  # with means that a checkpoint cuts through
-    if kind != "vae":
+    if kind.startswith("ldm"):
         words += ["--autoencoder", autoencoder]
-    return [*words, "--cache", str(run / "latents"), "--optim.accumulate", "2"] if kind == "ldm cached" else words
+    cached = ["--cache", str(run / "latents"), "--optim.accumulate", "2"] if kind == "ldm cached" else []
+    return [*words, *cached, *REMEMBERING.get(kind, [])]
+
+
+# Losses that draw noise levels, the weight of the step before, codes, and optimisers of two kinds.
+REMEMBERING = {
+    "ldm remembering": ["--loss.importance", "true", "--optim.kind", "muon", "--run.ema.widths", "[0.05, 0.1]"],
+    "vae remembering": ["--model.codebook", "8", "--discriminator.norm", "spectral", "--optim.kind", "adafactor"],
+}
 
 
 QUICK = {("vae", "fp32", 0, 1), ("vae", "bf16", 2, 2), ("ldm", "bf16", 2, 1), ("ldm cached", "fp32", 0, 2)}
@@ -39,6 +47,7 @@ CASES = [
     pytest.param(*case, marks=() if case in QUICK else pytest.mark.slow)
     for case in itertools.product(("vae", "ldm", "ldm cached"), ("fp32", "bf16"), (0, 2), (1, 2))
 ]
+CASES += [("ldm remembering", "fp32", 0, 2), ("vae remembering", "fp32", 0, 1)]
 
 
 @pytest.mark.parametrize(("kind", "precision", "workers", "ranks"), CASES)
@@ -101,6 +110,12 @@ def test_a_rank_that_hangs_is_not_waited_for_without_end(server: Server, tmp_pat
     trainee.signal(signal.SIGKILL, rank=1)
     assert trainee.wait(30)[0] == 2, trainee.said
     assert "another one is gone or hangs" in trainee.said
+
+
+def test_what_splits_weights_is_refused(server: Server, tmp_path: Path):
+    trainee = server.start("vae", tmp_path, ranks=2, more={"ACCELERATE_USE_FSDP": "true"})
+    assert trainee.wait() == [2, 2], trainee.said
+    assert "the launcher asks for FSDP" in trainee.said and "Traceback" not in trainee.said
 
 
 def test_one_process_two_and_accumulation_take_the_same_steps(server: Server, autoencoder: str, tmp_path: Path):
