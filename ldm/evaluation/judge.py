@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -24,6 +25,7 @@ COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown"
 _COLOUR = rf"({'|'.join(COLOURS)}|gray) "
 _BEFORE = re.compile(r"(an? |the )?((photo|3d render|3d emoji|flat emoji|clipart|pixel art) of )?(an? |the )?")
 _BINS = 6
+DETAIL = 48  # pixels a side that the judge is shown
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ class JudgeSpec:
 
     names: dict[str, str]
     inception: str = ""
-    side: int = 139
+    side: int = 107
     pairs: dict[str, tuple[str, ...]] = field(default_factory=dict)
     accuracy: dict[str, float] = field(default_factory=dict)
 
@@ -113,7 +115,10 @@ def histogram(pixels: Pixels) -> Float[Tensor, "b 216"]:
 
 @torch.no_grad()
 def looks(pixels: Pixels, inception: Inception, side: int) -> dict[str, Tensor]:
-    """What the judge sees of pictures."""
+    """What the judge sees: features without fine detail, in which a model's pictures differ from all others."""
+    h, w = pixels.shape[-2:]
+    coarse = F.interpolate(pixels.float(), (min(h, DETAIL), min(w, DETAIL)), mode="area")
+    soft = F.interpolate(coarse, (h, w), mode="bilinear", align_corners=False).round().byte()
     with torch.autocast(pixels.device.type, torch.bfloat16):
-        features = inception(pixels, side).pool
+        features = inception(soft, side).pool
     return {"features": features.float(), "histogram": histogram(pixels)}

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ldm.errors import UserError
 from ldm.evaluation.inception import Inception
-from ldm.evaluation.judge import COLOURS, Judge, JudgeSpec, looks
+from ldm.evaluation.judge import COLOURS, DETAIL, Judge, JudgeSpec, looks
 from ldm.evaluation.store import Found, Pixels, Store, key
 from ldm.files import sha256
 
@@ -31,7 +31,7 @@ class JudgeRun:
     names: dict[str, str]
     inception: str = "weights/inception.safetensors"
     most: int = 30
-    side: int = 139
+    side: int = 107
     size: int = 128
     seed: int = 0
     steps: int = 400
@@ -71,7 +71,7 @@ def make_judge(run: JudgeRun, store: Store) -> Judge:
                 pixels[::2] = recoloured(pixels[::2], rng)
             return looks(pixels, inception, run.side)
 
-        name = key("looks", pictures.name, rows, changed, spec.inception, run.side, run.seed)
+        name = key("looks", DETAIL, pictures.name, rows, changed, spec.inception, run.side, run.seed)
         return store.rows(name, len(rows), compute)
 
     rng, chosen, pairs = torch.Generator().manual_seed(run.seed), list[int](), dict[str, tuple[str, ...]]()
@@ -109,7 +109,7 @@ def blurred(pixels: Pixels, rng: torch.Generator) -> Pixels:
     theta[:, 0, 0], theta[:, 1, 1], theta[:, :, 2] = zoom * flip, zoom, move
     paper = 255 - pixels.float()  # beside the picture there is white
     moved = F.grid_sample(paper, F.affine_grid(theta, [b, 3, h, w], align_corners=False), align_corners=False)
-    side = int(torch.randint(h // 3, h + 1, (), generator=rng))
+    side = int(torch.randint(h // 5, h + 1, (), generator=rng))
     soft = F.interpolate(F.interpolate(moved, side, mode="area"), (h, w), mode="bilinear", align_corners=False)
     return (255 - soft).round().clamp(0, 255).byte()
 
