@@ -41,6 +41,8 @@ except Exception:
 for key in ("state_dict", "model", "string_to_param"):  # the last in A1111's textual inversions
     if isinstance(state, dict) and isinstance(state.get(key), dict):
         state = state[key]
+if isinstance(state, list):  # the first LoRA files: up and down by turns
+    state = {f"lora:{i // 2}:{('up', 'down')[i % 2]}": value for i, value in enumerate(state)}
 if not isinstance(state, dict):
     sys.exit("it holds no table of tensors")
 named = {name: value for name, value in state.items() if isinstance(name, str) and isinstance(value, torch.Tensor)}

@@ -33,7 +33,8 @@ class ScheduleConfig:
     in time (what vp does by itself) or `lognormal` in sigma with `mean` and `std` of ln sigma (flow 0 and 1, edm
     -1.2 and 1.2): for flow that is SD3's logit-normal density of t. start: the scale of a run's first noise, that
     of x where latents have unit deviation (`unit`, sqrt(1 + sigma^2)), or as others have it: `sigma`
-    (k-diffusion's) or `sum` (1 + sigma).
+    (k-diffusion's) or `sum` (1 + sigma). whole_labels: a flow's network is told whole steps, rounded down, as
+    diffusers does.
     """
 
     kind: Literal["vp", "flow", "edm"] = "vp"
@@ -45,6 +46,7 @@ class ScheduleConfig:
     mean: float | None = None
     std: float | None = None
     start: Literal["unit", "sigma", "sum"] = "unit"
+    whole_labels: bool = False
 
 
 @dataclass(frozen=True)
@@ -149,7 +151,8 @@ def _flow(config: ScheduleConfig) -> Schedule:
         return sigma(lowest + (last - lowest) * step / (TRAIN_STEPS - 1))
 
     def label(level: Tensor) -> Tensor:
-        return TRAIN_STEPS * level / (1 + level)
+        step = TRAIN_STEPS * level / (1 + level)
+        return step.floor() if config.whole_labels else step
 
     return Schedule(config, sigma, at, label, low, high, (floor, min(high, BLIND)))
 

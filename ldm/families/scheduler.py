@@ -32,9 +32,8 @@ def sampling_from(data: Json) -> tuple[str, ScheduleConfig, SamplingDefaults]:
     sampler = next((ours for ours, theirs in SCHEDULERS.items() if theirs == name), "dpmpp_2m")
     if flow:
         shift = data.get("flow_shift" if "flow_shift" in data else "shift", 1.0)
-        dpm = name == SCHEDULERS["dpmpp_2m"]
-        schedule = _schedule(kind="flow", shift=shift, start="sum" if dpm else "unit")
-        return "flow", schedule, SamplingDefaults(sampler, "flow_dpm" if dpm else "trailing")
+        schedule = _schedule(kind="flow", shift=shift, start="sum", whole_labels=not str(name).startswith("FlowMatch"))
+        return "flow", schedule, SamplingDefaults(sampler, "flow_dpm" if schedule.whole_labels else "trailing")
     if data.get("num_train_timesteps", 1000) != 1000 or data.get("trained_betas") is not None:
         raise UserError("scheduler: it must have 1000 training steps and no betas of its own")
     betas = BETAS.get(str(data.get("beta_schedule", "linear")))

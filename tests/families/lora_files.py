@@ -109,7 +109,7 @@ def sgm(model: Model) -> Callable[[str], str]:
     return lambda place: known[f"{place}.weight"].removesuffix(".weight")
 
 
-def numbered(folder: Path) -> tuple[State, State]:
+def numbered(folder: Path, classes: tuple[str, ...] = ("Attention", "GEGLU", "CLIPAttention")) -> tuple[State, State]:
     """cloneofsimo's numbers as its trainer gave them: linear layers of certain classes, as the modules are walked.
 
     And the same by diffusers' names. In its day a block's feed-forward stood before the second attention.
@@ -123,9 +123,7 @@ def numbered(folder: Path) -> tuple[State, State]:
     order = {"attn1": 0, "ff": 1, "attn2": 2}
     for part, kind in (("unet", UNet2DConditionModel), ("text_encoder", CLIPTextModel)):
         module = kind.from_pretrained(folder / part)
-        walked = [
-            (n, m) for n, m in module.named_modules() if type(m).__name__ in ("Attention", "GEGLU", "CLIPAttention")
-        ]
+        walked = [(n, m) for n, m in module.named_modules() if type(m).__name__ in classes]
         blocks: dict[str, list[Any]] = {}
         for place, ancestor in walked:
             if place.startswith(("down_blocks", "up_blocks", "mid_block")) or part != "unet":

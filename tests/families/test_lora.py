@@ -11,13 +11,13 @@ import torch
 from families.lora_files import ALPHA, PARTS, RANK, Peft, as_peft, kohya, numbered, older, oldest, peft, sgm
 from safetensors.torch import save_file
 
-from ldm.checkpoints import lora, native
+from ldm.checkpoints import lora, native, pickled
 from ldm.checkpoints.native import Model
 from ldm.errors import UserError
+from ldm.families import FAMILIES as KNOWN
 from ldm.families.load import load
 from ldm.models.autoencoder import AutoencoderConfig
 from ldm.models.unet import UNetConfig
-from ldm.text.tower import TextConfig
 
 FAMILIES = ["sd1", "sd2", "sdxl"]
 REAL = Path(__file__).parents[3] / "shared" / "files" / "lora"
@@ -98,6 +98,22 @@ def test_numbers_in_place_of_names(folders: dict[str, Path], tmp_path: Path) -> 
     assert injected.unmatched == ("<s1>",) and len(injected.matched) == len(numbers) // 2
     assert far(by_number, by_name) == 0
     assert "weights changed; 1 have no place in this model: <s1>" in str(injected)
+
+
+def test_lists_of_old(folders: dict[str, Path], tmp_path: Path) -> None:
+    """cloneofsimo's first files are pickled lists, one for the UNet's attention and one for the tower's."""
+    numbers, names = numbered(folders["sd1"], ("Attention", "CLIPAttention"))
+    for part in ("unet", "text_encoder"):
+        count = sum(name.startswith(part) for name in numbers) // 2
+        listed = [numbers[f"{part}:{i}:{half}"] for i in range(count) for half in ("up", "down")]
+        torch.save(listed, tmp_path / "list.pt")
+        pickled.to_safetensors(tmp_path / "list.pt", tmp_path / part)
+    by_list, by_name = load(folders["sd1"]), load(folders["sd1"])
+    save_file(names, tmp_path / "names")
+    lora.fuse(by_name, lora.read(tmp_path / "names"))
+    for part in ("unet", "text_encoder"):
+        assert not lora.inject(by_list, lora.read(tmp_path / part)).unmatched
+    assert far(by_list, by_name) == 0
 
 
 def test_parse() -> None:
@@ -188,24 +204,30 @@ def test_another_familys(folders: dict[str, Path], plain: Callable[[str], Peft],
         lora.read(tmp_path)
 
 
-@pytest.fixture(scope="module")
-def real_shapes() -> Model:
-    """Stable Diffusion 1's and no numbers, for files whose places are asked for alone."""
-    spec = native.ModelSpec(AutoencoderConfig(), 512, UNetConfig(), TextConfig())
-    return native.skeleton(spec, Path("sd1"))
+def real_shapes(name: str) -> Model:
+    """A family's shapes and no numbers, for files whose places are asked for alone."""
+    text = KNOWN[name].text
+    return native.skeleton(native.ModelSpec(AutoencoderConfig(), 512, UNetConfig(context_dim=text.width), text), Path())
 
 
 @pytest.mark.skipif(not REAL.is_dir(), reason="the real files are not here")
 @pytest.mark.parametrize(
-    ("name", "places", "spare"),
+    ("name", "family", "places", "spare"),
     [
-        ("analog_svd_rank4", 192, ()),
-        ("lora_disney", 192, ("<s1>", "<s2>")),
-        ("catundchat_sd15_r4_processor_keys", 128, ()),
+        ("analog_svd_rank4.safetensors", "sd1", 192, ()),
+        ("lora_disney.safetensors", "sd1", 192, ("<s1>", "<s2>")),
+        ("catundchat_sd15_r4_processor_keys.safetensors", "sd1", 128, ()),
+        ("catundchat_sd15_r4_processor_keys.bin", "sd1", 128, ()),
+        ("lora_weight_e357_s124500.pt", "sd2", 128, ()),
+        ("lora_weight_e357_s124500.text_encoder.pt", "sd2", 92, ()),
     ],
 )
-def test_real_files_fit(real_shapes: Model, name: str, places: int, spare: tuple[str, ...]) -> None:
-    read = lora.read(REAL / f"{name}.safetensors")
-    found = lora.find(real_shapes, read)
+def test_real_files_fit(tmp_path: Path, name: str, family: str, places: int, spare: tuple[str, ...]) -> None:
+    path = REAL / name
+    if path.suffix != ".safetensors":
+        pickled.to_safetensors(path, tmp_path / "converted")
+        path = tmp_path / "converted"
+    read = lora.read(path)
+    found = lora.find(real_shapes(family), read)
     assert (len(found), read.spare) == (places, spare)
     assert len({place for place, _ in found.values()}) == places
