@@ -1,5 +1,6 @@
 """The configs that can be run: each is whole, builds at full width, and takes a step when made small."""
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,7 +9,8 @@ import torch
 
 from ldm import config
 from ldm.models.autoencoder import Autoencoder
-from ldm.training.config import VaeRun
+from ldm.training.arguments import _fields
+from ldm.training.config import LdmRun, VaeRun
 from ldm.training.tasks.autoencoder import AutoencoderTask
 
 ROOT = Path(__file__).parents[2]
@@ -33,3 +35,12 @@ def test_every_autoencoder_builds_and_takes_a_step(factor: int, channels: int) -
     for objective in task.objectives():
         objective.loss(batch)["loss"].backward()
     assert all(p.grad is not None for p in (*task.autoencoder.parameters(), *task.discriminator.parameters()))
+
+
+def test_the_page_of_methods_names_fields_that_are_there() -> None:
+    fields = {name for kind in (LdmRun, VaeRun) for name, _ in _fields(kind)}
+    sections = "loss|run|optim|model|schedule|backbone|discriminator"
+    page = (ROOT / "docs/methods.md").read_text()
+    named = set(re.findall(rf"`((?:{sections})\.[a-z_0-9.]+?)[`:]", page))
+    assert len(named) > 20
+    assert {name for name in named if not any(f"{field}.".startswith(f"{name}.") for field in fields)} == set()
