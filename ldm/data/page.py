@@ -53,7 +53,8 @@ def page(report: Mapping[str, Any], out: Path) -> str:
         left = leftovers(measures["bucket"])
         parts.append("<h2>Buckets</h2><p>Samples of an epoch that fill no whole batch of one bucket.</p>")
         parts.append(_table(("batch size", "left over"), list(left.items())))
-    parts.append("<h2>Training samples</h2><div class=plots>")
+    parts.append("<h2>Training samples</h2><p>Bars bear their lower edge; those without pictures are left out.</p>")
+    parts.append("<div class=plots>")
     parts += [_histogram(name, bins) for name, bins in measures.items()]
     parts += ["</div>", "<h2>A look</h2><div class=sheet>", *_sheet(out, report["samples"]), "</div>"]
     head = f"<!doctype html><html lang=en><meta charset=utf-8><title>Prepared pictures</title><style>{_STYLE}</style>"

@@ -238,7 +238,7 @@ def _told_apart(jobs: Sequence[Job], prints: Sequence[Path], config: PrepareConf
     )
     order = np.lexsort((places[:, 1], places[:, 0]))
     places, first = places[order], duplicates.same_bytes(digests[order])
-    kinds = np.where(first == np.arange(len(first)), "", "same bytes")
+    kinds = np.where(first == np.arange(len(first)), "", "same bytes").astype(object)
     if config.duplicates == "near":
         kept = np.flatnonzero(kinds == "")
         similar = kept[duplicates.alike(hashes[order][kept], colours[order][kept], config.near_distance)]
@@ -246,7 +246,7 @@ def _told_apart(jobs: Sequence[Job], prints: Sequence[Path], config: PrepareConf
         kinds[kept[similar != kept]] = "looks alike"
     known = {pick[:2]: pick.id for job in jobs for pick in job.picks}
     twice = {
-        tuple(places[i].tolist()): (str(kinds[i]), known[tuple(places[first[i]].tolist())])
+        tuple(places[i].tolist()): (kinds[i], known[tuple(places[first[i]].tolist())])
         for i in np.flatnonzero(kinds != "").tolist()
     }
     return [

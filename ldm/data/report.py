@@ -18,7 +18,7 @@ def measure(records: Iterable[Record]) -> dict[str, dict[str, int]]:
         width, height = record.sizes["original_width"], record.sizes["original_height"]
         bins["shorter side as found, pixels"][f"{_power(min(width, height))}"] += 1
         bins["width / height as found"][f"{math.floor(4 * width / height) / 4:g}"] += 1
-        bins["kilobytes as written"][f"{_power(len(record.data)) / 1024:g}"] += 1
+        bins["kilobytes as written"][f"{_power(len(record.data)) / 1024:.2g}"] += 1
         bins["captions of a picture"][f"{len(record.captions)}"] += 1
         for text in record.captions:
             bins["characters of a caption"][f"{len(text) // 10 * 10}"] += 1

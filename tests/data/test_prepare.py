@@ -191,6 +191,8 @@ def test_duplicates_go_whoever_looks_for_them(photos, table, tmp_path, duplicate
     assert gone == {
         f"p{n}" for n in [*range(18, 24), *range(24, 30)] if n < {"keep": 18, "exact": 24}.get(duplicates, 30)
     }
+    kinds = {"keep": set(), "exact": {"same bytes"}, "near": {"same bytes", "looks alike"}}[duplicates]
+    assert {k for part in (report, report["validation"]) for k in part["refused"]} == {f"duplicate, {k}" for k in kinds}
     if duplicates == "exact":
         examples = report["refused"]["duplicate, same bytes"]["examples"]
         pairs = [re.fullmatch(r"table: p(\d+): duplicate, same bytes: as p(\d+)", text).groups() for text in examples]

@@ -1,0 +1,132 @@
+"""The same shards from Ray as from processes here, with a node lost on the way; sources in an S3 bucket."""
+
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from ldm.data import prepare as module
+from ldm.data.options import PrepareConfig
+from ldm.data.prepare import prepare
+from ldm.errors import UserError
+from ldm.files import sha256
+
+
+def digests(folder: Path) -> dict[str, str]:
+    return {str(path.relative_to(folder)): sha256(path) for path in sorted(folder.rglob("*.*"))}
+
+
+@pytest.fixture
+def photos(tmp_path: Path, picture) -> Path:
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for n in range(60):
+        (folder / f"{n}.png").write_bytes(picture(n // 2, (100, 100)))
+        (folder / f"{n}.txt").write_text(f"thing {n}")
+    return folder
+
+
+def test_ray_is_asked_for_where_it_is_missing(photos, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(UserError, match="engine ray needs Ray: pip install -r requirements-ray.txt"):
+        prepare([str(photos)], PrepareConfig(str(tmp_path / "out"), engine="ray"), lambda *n: None)
+
+
+@pytest.mark.slow
+def test_ray_makes_the_same_shards_though_a_node_is_lost(photos, tmp_path, monkeypatch):
+    """Two nodes of one core. The second is killed at its first shard, which is then made on the other."""
+    monkeypatch.setenv("RAY_raylet_start_wait_time_s", "200")  # a busy machine takes its time
+    ray = pytest.importorskip("ray", reason="ray is not installed: pip install -r requirements-ray.txt")
+    from ray.cluster_utils import Cluster
+
+    options = {"size": 64, "shard_size": 9, "duplicates": "near", "holdout": 0.1}
+    prepare([str(photos)], PrepareConfig(str(tmp_path / "local"), **options), lambda *n: None)
+    memory = {"num_cpus": 1, "object_store_memory": 80_000_000}
+    cluster = Cluster(initialize_head=True, head_node_args={**memory, "include_dashboard": False})
+    try:
+        victim = cluster.add_node(**memory)
+        ray.init(address=cluster.address, log_to_driver=False)
+        cluster.wait_for_nodes()
+
+        class Caught(module.Making):
+            def __call__(self, job, tick):
+                if ray.get_runtime_context().get_node_id() == doomed:
+                    (started / str(job.number)).touch()
+                    time.sleep(300)
+                return super().__call__(job, tick)
+
+        def kill() -> None:
+            while not any(started.iterdir()):
+                time.sleep(0.05)
+            cluster.remove_node(victim, allow_graceful=False)
+
+        doomed, started = victim.node_id, tmp_path / "started"
+        started.mkdir()
+        monkeypatch.setattr(module, "Making", Caught)
+        killer = threading.Thread(target=kill, daemon=True)
+        killer.start()
+        prepare([str(photos)], PrepareConfig(str(tmp_path / "ray"), engine="ray", **options), lambda *n: None)
+        killer.join(10)
+        assert not killer.is_alive() and any(started.iterdir())
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+    assert digests(tmp_path / "ray") == digests(tmp_path / "local")
+
+
+@pytest.fixture
+def bucket(monkeypatch) -> Iterator[str]:
+    """An empty bucket of a local S3 server."""
+    pytest.importorskip("s3fs", reason="s3fs is not installed: pip install -r requirements-dev.txt")
+    server = pytest.importorskip("moto.server", reason="moto is not installed: pip install -r requirements-dev.txt")
+    running = server.ThreadedMotoServer("127.0.0.1", port=0, verbose=False)
+    running.start()
+    host, port = running.get_host_and_port()
+    for name, value in {
+        "ENDPOINT_URL": f"http://{host}:{port}",
+        "ACCESS_KEY_ID": "a",
+        "SECRET_ACCESS_KEY": "b",
+    }.items():
+        monkeypatch.setenv(f"AWS_{name}", value)
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    system = fsspec.filesystem("s3", skip_instance_cache=True)
+    system.mkdir("pictures")
+    yield "s3://pictures"
+    system.rm("pictures", recursive=True)  # the server's memory is the process's
+    system.clear_instance_cache()
+    running.stop()
+
+
+@pytest.mark.parametrize(
+    "kind", ["folder", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("table.parquet", "list.csv"))]
+)
+def test_a_bucket_is_as_good_as_a_folder(bucket, tmp_path, picture, kind):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for n in range(12):
+        (folder / f"{n}.png").write_bytes(picture(n))
+        (folder / f"{n}.txt").write_text(f"thing {n}")
+    rows = [{"id": str(n), "image": picture(n), "text": f"thing {n}"} for n in range(12)]
+    if kind == "table.parquet":
+        pq.write_table(pa.Table.from_pylist(rows), folder / kind, row_group_size=5)
+    elif kind == "list.csv":
+        (folder / kind).write_text("path,text\n" + "".join(f"{n}.png,thing {n}\n" for n in range(12)))
+    system = fsspec.filesystem("s3")
+    system.put(f"{folder}/", f"{bucket}/in/", recursive=True)
+    part = "" if kind == "folder" else f"/{kind}"
+    for path, out in ((f"{folder}{part}", "near"), (f"{bucket}/in{part}", "far")):
+        report = prepare([path], PrepareConfig(str(tmp_path / out), size=16, shard_size=5), lambda *n: None)
+        assert report["samples"] == 12
+    assert {n: d for n, d in digests(tmp_path / "near").items() if n.endswith(".tar")} == {
+        n: d for n, d in digests(tmp_path / "far").items() if n.endswith(".tar")
+    }
+    with pytest.raises(UserError, match="'s3://pictures/none' is not there"):
+        prepare([f"{bucket}/none"], PrepareConfig(str(tmp_path / "no")), lambda *n: None)
+    with pytest.raises(UserError, match="'s3://nobucket' (is not there|cannot be reached)"):
+        prepare(["s3://nobucket"], PrepareConfig(str(tmp_path / "no")), lambda *n: None)
