@@ -1,5 +1,6 @@
 """Several processes as one run: how they begin, wait for each other, agree, and notice that one of them is gone."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -14,6 +15,7 @@ from ldm.errors import UserError
 from ldm.training.config import OptimConfig, RunConfig
 
 _PATIENCE = timedelta(days=7)  # for what one process does while the others wait: encoding pictures, validating
+_SHARDED = ("FSDP", "DEEPSPEED", "MEGATRON_LM")
 _LOST = ("gloo", "nccl", "connection", "timed out", "timeout", "socket")  # in the words of those that were left
 
 
@@ -21,6 +23,12 @@ class Processes:
     """The processes of a run, this one among them. UserError where they cannot share the batch evenly."""
 
     def __init__(self, run: RunConfig, optim: OptimConfig, path: Path) -> None:
+        for name in _SHARDED:
+            if os.environ.get(f"ACCELERATE_USE_{name}", "").lower() in ("1", "true"):
+                raise UserError(
+                    f"the launcher asks for {name}, which splits weights among processes; here each holds all of them. "
+                    "Take configs/accelerate/eight_gpus.yaml, and to save memory run.recompute or optim.accumulate"
+                )
         self.accelerator = Accelerator(
             mixed_precision=precision(run),
             log_with=list(run.trackers) or None,

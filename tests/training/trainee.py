@@ -11,9 +11,9 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
@@ -103,15 +103,23 @@ class Server:
         self._process.stdin.flush()
         return json.loads(self._process.stdout.readline())
 
-    def start(self, kind: str, run: Path, overrides: Sequence[str] = (), ranks: int = 1, **how: int) -> Trainee:
-        """how: `die`, the step in which the run kills itself; `file_size`, a limit in bytes."""
+    def start(
+        self,
+        kind: str,
+        run: Path,
+        overrides: Sequence[str] = (),
+        ranks: int = 1,
+        more: Mapping[str, str] = MappingProxyType({}),
+        **how: int,
+    ) -> Trainee:
+        """more: of the environment; how: `die`, the step in which it kills itself; `file_size`, a limit in bytes."""
         self._count += 1
         said = self.folder / f"said-{self._count}.txt"
-        environment = {}
+        environment = dict(more)
         if ranks > 1:
             with socket.create_server(("127.0.0.1", 0)) as free:
                 port = free.getsockname()[1]
-            environment = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+            environment |= {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         arguments = [str(self.folder / f"{kind}.yaml"), "--run", str(run), *overrides]
         pids = []
         for rank in range(ranks):
