@@ -74,10 +74,10 @@ class Run:
     preview_every: int = _told("steps from one preview to the next (5)", 5, least=1)
     preview_vae: Path | None = _told("TAESD for previews (a linear map, fitted to the model)")
     device: str | None = _told("auto, cpu, cuda, cuda:1 (auto)")
-    precision: str | None = _told("auto, fp32, bf16, fp16 (auto: bf16 on CUDA, else fp32)")
+    precision: str | None = _told("auto, fp32, bf16, fp16 (auto: bf16 where the device computes in it)")
     attention: str = _told("auto, sdpa, xformers: how attention is computed (auto)", "auto")
     compile: bool = _told("compile the networks' blocks first: faster steps after a minute or two", False)
-    offload: bool = _told("keep on the device only the network that works: slower, a third of the memory", False)
+    offload: bool = _told("keep on the device only the network that works: slower, less memory", False)
 
 
 def add_flags(parser: argparse.ArgumentParser, of: type) -> None:
@@ -111,6 +111,8 @@ def checked(run: Run) -> Run:
         raise UserError("--control and --control-image go together: the network, and the picture that it is shown")
     if len({run.ip_adapter is None, run.ip_image is None, run.image_tower is None}) > 1:
         raise UserError("--ip-adapter, --ip-image and --image-tower go together: give all three")
+    if run.offload and (run.control or run.ip_adapter):
+        raise UserError("--offload does not go with --control or --ip-adapter: their networks stay where they are")
     if run.jobs and (run.from_image or run.grid or run.n > 1):
         raise UserError("--jobs says itself what each picture is: give it without --from-image, --n and --grid")
     return run

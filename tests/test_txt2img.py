@@ -197,6 +197,23 @@ def test_a_picture_without_a_recipe(command: Command, tmp_path: Path) -> None:
     assert "holds no recipe" in command.fails("--from-image", tmp_path / "x.png")
 
 
+def test_a_picture_of_another_program_is_painted_by_its_settings(command: Command, tmp_path: Path) -> None:
+    fields = "Steps: 3, Sampler: Euler a, CFG scale: 2, Seed: 7, Size: 16x24, Model: x"
+    text = f"a (red:1.2) apple\nNegative prompt: dog\n{fields}"
+    (tmp_path / "x.png").write_bytes(images.png(torch.zeros(2, 2, 3, dtype=torch.uint8), {"parameters": text}))
+    command.patch.setattr(pipeline, "ASSETS", Path(command.model).parent)
+    command.patch.setattr(pipeline, "EMBEDDED", "tiny")
+    command.patch.setattr(
+        sys, "argv", [str(SCRIPT), "--from-image", str(tmp_path / "x.png"), "--out", str(command.out)]
+    )
+    command.script.main()
+    said = command.capsys.readouterr()
+    assert "the picture is AUTOMATIC1111's, of the model 'x': it will be another one" in said.err
+    made = recipe.read(said.out.strip())
+    assert made.request == recipe.Request("a (red:1.2) apple", "dog", 7, "euler_a", "linspace", 3, 2.0, 16, 24)
+    assert (made.made.program, made.made.model) == ("", "tiny")
+
+
 def test_out_is_a_file(command: Command, tmp_path: Path) -> None:
     command.out.write_text("mine")
     assert "cannot write pictures to" in command.fails("--prompt", "a")

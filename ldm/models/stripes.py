@@ -1,7 +1,7 @@
 """An autoencoder on pictures of any size: its widest maps are worked out in stripes of rows, as if they were whole.
 
 What a convolution sees beyond a stripe's edge goes along as further rows, and a group norm takes its statistics from
-the whole map, so the result is that of one piece up to rounding. Peak memory is two maps in place of about six.
+the whole map, so the result is that of one piece up to rounding. Peak memory is two maps, half of what the whole takes.
 """
 
 from collections.abc import Callable, Iterator

@@ -159,18 +159,6 @@ class Conditioner(nn.Module):
         features = sinusoid(about.flatten(), config.id_width).reshape(len(ids), -1)
         return Conditioning(tokens, vector=torch.cat([pooled, features.to(pooled)], dim=1))
 
-    def pair(
-        self, prompts: Sequence[str], negatives: Sequence[str], size: tuple[int, int], layer: int | None = None
-    ) -> tuple[Conditioning, Conditioning]:
-        """Conditions of what to paint and of what to keep away from, read in one batch.
-
-        A model that asks for a score is told 6 and 2.5, as its makers do.
-        """
-        ids = self.tokenize([*prompts, *negatives]).to(self.tower.positional_embedding.device)
-        n = len(prompts)
-        both = self.encode(ids, size, scores=[6.0] * n + [2.5] * len(negatives), layer=layer)
-        return both[:n], both[n:]
-
     def forward(self, prompts: Sequence[str], size: tuple[int, int] = (0, 0)) -> Conditioning:
         """Conditions of prompts, on the device of the weights; see `encode`."""
         return self.encode(self.tokenize(prompts).to(self.tower.positional_embedding.device), size)
