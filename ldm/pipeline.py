@@ -26,7 +26,7 @@ from ldm.families.load import load as load_model
 from ldm.families.source import INDEX
 from ldm.files import digest, digest_beside
 from ldm.limits import Limits
-from ldm.models.speed import prepare
+from ldm.models.speed import native_bf16, prepare
 from ldm.recipe import Made, Recipe, Request, versions
 from ldm.restore import Damage
 from ldm.restore import parse as parse_damage
@@ -79,14 +79,14 @@ def find(model: str) -> Path:
 
 
 def choose(device: str = "auto", precision: str = "auto") -> tuple[torch.device, str]:
-    """Resolve `auto`: CUDA where there is one; bf16 on CUDA, fp32 elsewhere. UserError for what is not here."""
+    """Resolve `auto`: CUDA where there is one; bf16 where a device computes in it. UserError for what is not here."""
     try:
         chosen = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
         torch.empty(1, device=chosen).add(1)
     except (RuntimeError, AssertionError, NotImplementedError):
         raise UserError(f"device {device!r} cannot be used here: try auto or cpu") from None
     if precision == "auto":
-        precision = "bf16" if chosen.type == "cuda" else "fp32"
+        precision = "bf16" if native_bf16(chosen) else "fp32"
     if precision not in PRECISIONS:
         known = ", ".join(["auto", *PRECISIONS])
         raise UserError(f"unknown precision {precision!r}{nearest(precision, list(PRECISIONS))}: choose one of {known}")
@@ -164,11 +164,8 @@ class Pipeline:
     def steps(self, request: Request) -> int:
         """How many steps a request's run has."""
         r = self.complete(request)
-        return (
-            len(self.limits.levels(r))
-            - 1
-            + (len(self.limits.levels(self.limits.larger(r))) - 1 if r.upscale > 1 else 0)
-        )
+        passes = [r, self.limits.larger(r)] if r.upscale > 1 else [r]
+        return sum(len(self.limits.levels(each)) - 1 for each in passes)
 
     @torch.no_grad()
     def sample(self, requests: Sequence[Request], canvas: Canvas | None = None) -> Iterator[Step]:
@@ -190,7 +187,7 @@ class Pipeline:
         if r.upscale > 1:
             assert step is not None
             larger = [self.limits.larger(o) for o in requests]
-            size = (larger[0].height, larger[0].width)
+            size = (larger[0].height or 0, larger[0].width or 0)
             grown = F.interpolate(self.decode(step.x).cpu(), size, mode="bicubic", antialias=True).clamp(-1, 1)
             yield from self._pass(larger, noise, Canvas(grown))
 

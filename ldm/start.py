@@ -39,16 +39,19 @@ class Start:
 def encode(model: Model, image: Image) -> Gaussian:
     """Latents of pictures, in fp32."""
     autoencoder, pixels = model.autoencoder, image.to(next(model.autoencoder.parameters()))
-    large = isinstance(autoencoder, Autoencoder) and image[0, 0].numel() > LARGE
-    moments = stripes.encode(autoencoder, pixels) if large else autoencoder.encode(pixels)
-    return Gaussian(*(part.float() for part in moments))
+    if isinstance(autoencoder, Autoencoder) and image[0, 0].numel() > LARGE:
+        latents = stripes.encode(autoencoder, pixels)
+    else:
+        latents = autoencoder.encode(pixels)
+    return Gaussian(*(part.float() for part in latents))
 
 
 def decode(model: Model, latent: Latent) -> Image:
     """Pictures of latents; large ones in stripes."""
     autoencoder = model.autoencoder
-    large = isinstance(autoencoder, Autoencoder) and latent[0, 0].numel() * autoencoder.factor**2 > LARGE
-    return stripes.decode(autoencoder, latent) if large else autoencoder.decode(latent)
+    if isinstance(autoencoder, Autoencoder) and latent[0, 0].numel() * autoencoder.factor**2 > LARGE:
+        return stripes.decode(autoencoder, latent)
+    return autoencoder.decode(latent)
 
 
 def begin(model: Model, requests: Sequence[Request], noise: SeededNoise, sigma: float, canvas: Canvas | None) -> Start:
