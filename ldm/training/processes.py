@@ -1,5 +1,6 @@
 """Several processes as one run: how they begin, wait for each other, agree, and notice that one of them is gone."""
 
+import importlib.util
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,6 +30,9 @@ class Processes:
                     f"the launcher asks for {name}, which splits weights among processes; here each holds all of them. "
                     "Take configs/accelerate/eight_gpus.yaml, and to save memory run.recompute or optim.accumulate"
                 )
+        for name in run.trackers:
+            if importlib.util.find_spec(name) is None:  # accelerate would leave it out without a word
+                raise UserError(f"run.trackers has {name!r}, which is not installed: pip install {name}")
         self.accelerator = Accelerator(
             mixed_precision=precision(run),
             log_with=list(run.trackers) or None,

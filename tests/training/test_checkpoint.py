@@ -1,6 +1,7 @@
 """Checkpoints: whole or absent, checked, and what is done about those that are damaged."""
 
 import json
+import threading
 from pathlib import Path
 
 import pytest
@@ -100,3 +101,48 @@ def test_a_full_disk_is_one_line_and_loses_nothing(tmp_path: Path, monkeypatch: 
     with pytest.raises(UserError, match="No space left"):
         checkpoint.write(tmp_path, 2, saved(2), keep=1)
     assert steps(tmp_path) == [1]
+
+
+def test_every_nth_stays_too(tmp_path: Path):
+    for step in range(1, 8):
+        checkpoint.write(tmp_path, step, saved(step), keep=1, keep_every=3)
+    assert steps(tmp_path) == [3, 6, 7]
+
+
+def test_a_checkpoint_is_not_written_twice(tmp_path: Path):
+    checkpoint.write(tmp_path, 1, saved(1), keep=1)
+    before = (tmp_path / "00000001").stat().st_ino
+    checkpoint.write(tmp_path, 1, saved(1), keep=1)
+    assert (tmp_path / "00000001").stat().st_ino == before
+
+
+def test_all_damaged_stays_an_error_when_started_again(tmp_path: Path):
+    checkpoint.write(tmp_path, 1, saved(1), keep=5)
+    damage(tmp_path / "00000001", "cut short")
+    for _ in range(2):
+        with pytest.raises(UserError, match="every checkpoint"):
+            checkpoint.newest(tmp_path, lambda line: None)
+
+
+def test_a_writer_works_beside_the_training_one_thing_at_a_time():
+    go, done = threading.Event(), list[int]()
+    with checkpoint.Writer() as writer:
+        writer.start(lambda: (go.wait(10), done.append(1)))
+        assert not done  # start came back at once
+        threading.Timer(0.05, go.set).start()
+        writer.start(lambda: done.append(2))
+        assert done[0] == 1
+    assert done == [1, 2]
+
+
+def test_what_goes_wrong_in_a_writer_is_raised_once():
+    def full() -> None:
+        raise UserError("No space left")
+
+    with checkpoint.Writer() as writer:
+        writer.start(full)
+        with pytest.raises(UserError, match="No space"):
+            writer.wait()
+        writer.check()
+    with pytest.raises(UserError, match="No space"), checkpoint.Writer() as writer:
+        writer.start(full)  # said at the latest at the end

@@ -15,6 +15,7 @@ from ldm.errors import UserError
 from ldm.training import checkpoint
 from ldm.training.checkpoint import TENSORS
 from ldm.training.loop import Outcome, train
+from ldm.training.meter import Meter, binned
 from ldm.training.tasks.autoencoder import AutoencoderTask
 from ldm.training.tasks.denoising import DenoisingTask
 
@@ -266,3 +267,44 @@ def test_steps_are_compiled_and_previews_are_not(ldm, run, tmp_path: Path, monke
     monkeypatch.setattr(torch.nn.Module, "compile", lambda module: compiled.append(module))
     run(ldm("--run.compile", "true", "--run.steps", "1"), tmp_path / "run")
     assert {type(module).__name__ for module in compiled} == {"UNet", "Encoder"}
+
+
+def test_when_the_model_is_written(ldm, run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    written, export = list[int](), DenoisingTask.export
+
+    def noted(task: DenoisingTask, path: Path, provenance: dict[str, Any]) -> None:
+        written.append(provenance["steps"])
+        export(task, path, provenance)
+
+    monkeypatch.setattr(DenoisingTask, "export", noted)
+    run(ldm("--run.steps", "3", "--run.checkpoint_every", "1"), tmp_path / "end")
+    assert written == [3]
+    run(ldm("--run.steps", "3"), tmp_path / "end")
+    assert written == [3]
+    (tmp_path / "end/model.safetensors").unlink()
+    run(ldm("--run.steps", "3"), tmp_path / "end")
+    assert written == [3, 3]
+    run(ldm("--run.steps", "3", "--run.export_every", "2"), tmp_path / "each")
+    assert written == [3, 3, 2, 3]
+
+
+def test_means_are_those_of_every_process(tmp_path: Path):
+    rows = {"loss": [[1.0, 2.0], [3.0, 2.0]]}
+    for rank, count, kept in ((1, 2, [3.0, 2.0]), (0, 1, [4.0, 4.0]), (0, 3, [4.0, 4.0]), (2, 3, [0.0, 0.0])):
+        meter = Meter(torch.device("cpu"))
+        meter.restore(rows, rank, count)
+        assert meter.sums["loss"].tolist() == kept
+
+
+def test_the_loss_by_noise_level_is_in_the_log(ldm, run, tmp_path: Path):
+    run(ldm("--run.steps", "4", "--run.log_every", "4", "--run.batch_size", "8"), tmp_path)
+    (record,) = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert len(record["loss_by_sigma"]) == 8
+    assert min(filter(None, record["loss_by_sigma"])) < record["loss"] < max(filter(None, record["loss_by_sigma"]))
+    sums, counts = binned(torch.tensor([1.0, 2.0, 5.0]), torch.tensor([0.0, 0.1, 0.99]), 4)
+    assert sums.tolist() == [3, 0, 0, 5] and counts.tolist() == [2, 0, 0, 1]
+
+
+def test_a_tracker_that_is_not_installed(ldm, run, tmp_path: Path):
+    with pytest.raises(UserError, match="pip install notracker"):
+        run(ldm("--run.trackers", "[notracker]"), tmp_path)
