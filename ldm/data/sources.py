@@ -363,7 +363,7 @@ class ShardSource:
 
     def __init__(self, pattern: str) -> None:
         self._shards = Shards(pattern)
-        first = self._shards.paths[0]
+        first = Path(str(self._shards.paths[0]))
         self.name = first.stem if len(self._shards.paths) == 1 else first.resolve().parent.name
         self._places = [(s, i) for s, count in enumerate(self._shards.counts) for i in range(count)]
 

@@ -4,6 +4,7 @@ import errno
 import io
 import json
 import re
+import tarfile
 from pathlib import Path
 
 import pyarrow as pa
@@ -14,7 +15,7 @@ from PIL import Image
 from ldm.data.options import PrepareConfig, per_source
 from ldm.data.prepare import prepare
 from ldm.data.report import lines
-from ldm.data.shards import Shards, read_manifest
+from ldm.data.shards import Shards, read_manifest, write_shard
 from ldm.errors import UserError
 from ldm.files import sha256
 
@@ -358,3 +359,16 @@ def test_options_that_cannot_work_are_refused(photos, tmp_path, options, message
     with pytest.raises(UserError, match=message):
         run([photos], tmp_path / "out", **options)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["000000012", "é" * 40, "folder/" + "long" * 23])
+def test_shards_are_what_tarfile_writes(tmp_path, name):
+    samples = [(f"{name}{n}", {"png": bytes(n), "txt": b"x" * 600}) for n in (0, 1, 511, 512, 513, 30_000)]
+    write_shard(tmp_path / "x.tar", samples)
+    with tarfile.open(tmp_path / "y.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
+        for key, members in samples:
+            for extension, data in members.items():
+                info = tarfile.TarInfo(f"{key}.{extension}")
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+    assert (tmp_path / "x.tar").read_bytes() == (tmp_path / "y.tar").read_bytes()
