@@ -242,9 +242,9 @@ def test_validation_is_fixed_and_stratified(ldm):
     levels = []
     measure = task.losses
 
-    def spy(x0, sigma, noise, cond):
+    def spy(x0, sigma, noise, cond, **rest):
         levels.append(sigma)
-        return measure(x0, sigma, noise, cond)
+        return measure(x0, sigma, noise, cond, **rest)
 
     task.losses = spy
     with torch.no_grad():
