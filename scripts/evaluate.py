@@ -45,7 +45,7 @@ FLAGS.add_argument("--size", type=whole(0), default=0, help="pixels a side (the 
 FLAGS.add_argument("--rounds", type=whole(0), default=200, help="of the bootstrap (200)")
 FLAGS.add_argument("--batch-size", type=whole(1), default=16, help="pictures made at once (16)")
 FLAGS.add_argument("--device", default="auto", help="auto, cpu, cuda (auto: this process's)")
-FLAGS.add_argument("--precision", default="auto", help="auto, fp32, bf16, fp16 (auto: bf16 on CUDA, else fp32)")
+FLAGS.add_argument("--precision", default="auto", help="auto, fp32, bf16, fp16 (auto: bf16 where it is native)")
 for name, file in (("inception", "inception"), ("lpips", "lpips_alex"), ("judge", "judge")):
     FLAGS.add_argument(f"--{name}", default=f"weights/{file}.safetensors", help=f"weights (weights/{file}.safetensors)")
 FLAGS.add_argument("--clip", default="", help="open_clip weights, for the metric clip")

@@ -2,6 +2,7 @@
 
 import os
 import socket
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -13,6 +14,15 @@ install_import_hook("ldm", "typechecker.check")  # before the first import of ld
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cpu_without_bf16() -> Iterator[None]:
+    """What is painted with no precision given is fp32 on every machine: the tests' tolerances are for that."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+            patch.setattr(torch.cpu, name, lambda: False)
+        yield
 
 
 @pytest.fixture

@@ -186,9 +186,12 @@ def test_half_precision_paints_nearly_the_same(painter: Pipeline, tiny_model: Pa
     assert (half.txt2img(APPLE) - painter.txt2img(APPLE)).abs().mean() < 0.1
 
 
-def test_auto_is_fp32_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_is_bf16_where_the_cpu_computes_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert pipeline.choose() == (torch.device("cpu"), "fp32")
+    assert pipeline.choose() == (torch.device("cpu"), "fp32")  # conftest.py: as on a CPU without
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    assert pipeline.choose() == (torch.device("cpu"), "bf16")
+    assert pipeline.choose("cpu", "fp32") == (torch.device("cpu"), "fp32")
     assert pipeline.choose("cpu", "bf16") == (torch.device("cpu"), "bf16")
 
 
