@@ -361,7 +361,7 @@ def test_options_that_cannot_work_are_refused(photos, tmp_path, options, message
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("name", ["000000012", "é" * 40, "folder/" + "long" * 23])
+@pytest.mark.parametrize("name", ["000000012", "é" * 40, "folder/" + "long" * 22])
 def test_shards_are_what_tarfile_writes(tmp_path, name):
     samples = [(f"{name}{n}", {"png": bytes(n), "txt": b"x" * 600}) for n in (0, 1, 511, 512, 513, 30_000)]
     write_shard(tmp_path / "x.tar", samples)
