@@ -25,20 +25,21 @@ COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown"
 _COLOUR = rf"({'|'.join(COLOURS)}|gray) "
 _BEFORE = re.compile(r"(an? |the )?((photo|3d render|3d emoji|flat emoji|clipart|pixel art) of )?(an? |the )?")
 _BINS = 6
-DETAIL = 48  # pixels a side that the judge is shown
 
 
 @dataclass(frozen=True)
 class JudgeSpec:
-    """names: what it tells apart, each with a pattern for what the corpus calls it. side: at which Inception looks.
+    """names: what it tells apart, each with a pattern for what the corpus calls it.
 
-    inception: sha256 of the weights whose features it reads. pairs: the colours each name has in the corpus; accuracy:
-    of the judge itself on held-back pictures.
+    inception: sha256 of the weights whose features it reads; detail: pixels a side that are left of a picture; side: of
+    what Inception then looks at. pairs: the colours each name has in the corpus; accuracy: of the judge itself on
+    held-back pictures.
     """
 
     names: dict[str, str]
     inception: str = ""
     side: int = 107
+    detail: int = 48
     pairs: dict[str, tuple[str, ...]] = field(default_factory=dict)
     accuracy: dict[str, float] = field(default_factory=dict)
 
@@ -114,11 +115,11 @@ def histogram(pixels: Pixels) -> Float[Tensor, "b 216"]:
 
 
 @torch.no_grad()
-def looks(pixels: Pixels, inception: Inception, side: int) -> dict[str, Tensor]:
+def looks(pixels: Pixels, inception: Inception, spec: JudgeSpec) -> dict[str, Tensor]:
     """What the judge sees: features without fine detail, in which a model's pictures differ from all others."""
     h, w = pixels.shape[-2:]
-    coarse = F.interpolate(pixels.float(), (min(h, DETAIL), min(w, DETAIL)), mode="area")
+    coarse = F.interpolate(pixels.float(), (min(h, spec.detail), min(w, spec.detail)), mode="area")
     soft = F.interpolate(coarse, (h, w), mode="bilinear", align_corners=False).round().byte()
     with torch.autocast(pixels.device.type, torch.bfloat16):
-        features = inception(soft, side).pool
+        features = inception(soft, spec.side).pool
     return {"features": features.float(), "histogram": histogram(pixels)}

@@ -16,7 +16,7 @@ from ldm.errors import UserError, nearest
 from ldm.evaluation import statistics
 from ldm.evaluation.clip import load_clip
 from ldm.evaluation.inception import Inception
-from ldm.evaluation.judge import DETAIL, Judge, looks
+from ldm.evaluation.judge import Judge, looks
 from ldm.evaluation.reconstruction import psnr, ssim
 from ldm.evaluation.statistics import Estimate
 from ldm.evaluation.store import Found, Kept, Pictures, Store, key, paint
@@ -216,9 +216,9 @@ class Measured:
     def verdicts(self) -> list[tuple[str, str]]:
         """What the judge says that each prompted picture shows."""
         judge, suite, pictures = self.suite.judge, self.suite, self.prompted
-        name = key("judged", DETAIL, pictures.name, judge.spec.inception, judge.spec.side)
+        name = key("judged", pictures.name, judge.spec.inception, judge.spec.side, judge.spec.detail)
         seen = suite.store.rows(
-            name, len(pictures.texts), lambda part: looks(pictures.read(part), suite.inception, judge.spec.side)
+            name, len(pictures.texts), lambda part: looks(pictures.read(part), suite.inception, judge.spec)
         )
         return judge.verdicts(seen["features"], seen["histogram"])
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ldm.errors import UserError
 from ldm.evaluation.inception import Inception
-from ldm.evaluation.judge import COLOURS, DETAIL, Judge, JudgeSpec, looks
+from ldm.evaluation.judge import COLOURS, Judge, JudgeSpec, looks
 from ldm.evaluation.store import Found, Pixels, Store, key
 from ldm.files import sha256
 
@@ -69,9 +69,9 @@ def make_judge(run: JudgeRun, store: Store) -> Judge:
             if changed:
                 pixels = blurred(pixels, rng)
                 pixels[::2] = recoloured(pixels[::2], rng)
-            return looks(pixels, inception, run.side)
+            return looks(pixels, inception, spec)
 
-        name = key("looks", DETAIL, pictures.name, rows, changed, spec.inception, run.side, run.seed)
+        name = key("looks", spec.detail, pictures.name, rows, changed, spec.inception, run.side, run.seed)
         return store.rows(name, len(rows), compute)
 
     rng, chosen, pairs = torch.Generator().manual_seed(run.seed), list[int](), dict[str, tuple[str, ...]]()
