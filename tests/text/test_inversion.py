@@ -42,7 +42,12 @@ def test_pickles_are_converted_by_the_script_alone(
 @pytest.mark.skipif(not REAL.exists(), reason="the real files are not beside this copy")
 @pytest.mark.parametrize(
     ("name", "count"),
-    [("EasyNegative.safetensors", 8), ("bad-hands-5.pt", 2), ("bad_prompt_version2.pt", 8), ("learned_embeds.bin", 1)],
+    [
+        ("EasyNegative.safetensors", 8),
+        pytest.param("bad-hands-5.pt", 2, marks=pytest.mark.slow),  # a process of its own reads each pickle
+        pytest.param("bad_prompt_version2.pt", 8, marks=pytest.mark.slow),
+        pytest.param("learned_embeds.bin", 1, marks=pytest.mark.slow),
+    ],
 )
 def test_real_files(name: str, count: int, tmp_path: Path) -> None:
     path = REAL / name
