@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
-from ldm.checkpoints import native, pickled
+from ldm.checkpoints import lora, native, pickled
 from ldm.checkpoints.files import open_safetensors
 from ldm.checkpoints.integrity import Entry
 from ldm.checkpoints.keymap import refuse
@@ -26,7 +26,8 @@ def describe(path: Path, *, values: bool = False) -> list[str]:
         with open_safetensors(path) as file:
             ours = file.metadata.get("format") == native.FORMAT
             if not ours and singlefile.UNET + "input_blocks.0.0.weight" not in file.entries:
-                return [f"{path.name}: {kind(file.entries)}", _tensors(file.entries.values())]
+                said = [f"{path.name}: {kind(file.entries)}", _tensors(file.entries.values())]
+                return said + (_lora(path) if kind(file.entries) == "a LoRA" else [])
     with open_model(path) as source:
         source.check()
         if values:
@@ -57,6 +58,14 @@ def _lines(source: Source) -> Iterator[str]:
     std = ", ".join(f"{value:.4g}" for value in vae.std)
     latent = f"{vae.factor} pixels a cell, {vae.z_channels} channels of deviation {std}"
     yield f"autoencoder: {latent}, widths {list(vae.channels)}"
+
+
+def _lora(path: Path) -> list[str]:
+    """What --lora would find in a file, whatever the model."""
+    read = lora.read(path)
+    ranks = sorted({len(tensors["down"]) for tensors in read.pairs.values()})
+    spare = f"; not of it: {', '.join(read.spare[:3])}" if read.spare else ""
+    return [f"changes {len(read.pairs)} weights, at rank {', '.join(map(str, ranks))}{spare}"]
 
 
 def _text(text: TextConfig) -> str:

@@ -43,7 +43,7 @@ def sampling_from(data: Json) -> tuple[str, ScheduleConfig, SamplingDefaults]:
     zero = data.get("rescale_betas_zero_snr", False)
     own = betas in BETA_RANGE and tuple(ends) != BETA_RANGE[betas]
     older = str(name).startswith(("DDIM", "DDPM", "PNDM", "LCM"))
-    said = data.get("timestep_spacing", "leading" if older else "linspace")
+    said = str(data.get("timestep_spacing", "leading" if older else "linspace"))
     if said not in ("leading", "trailing", "linspace"):
         raise UserError(f"scheduler: timestep_spacing {said!r} is not known here")
     spacing = DPM_SPACINGS.get(said, said) if sampler == "dpmpp_2m" else said

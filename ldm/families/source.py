@@ -232,7 +232,7 @@ def kind(shapes: Mapping[str, Any]) -> str:
 
 
 _KINDS = {
-    "a LoRA": r"lora_(up|down|A|B)\b|\.lora\.|lora\.(up|down)",
+    "a LoRA": r"lora_(up|down|A|B)\b|\.lora\.|lora\.(up|down)|^(unet|text_encoder|lora):\d+:up$",
     "a ControlNet": r"(^|\.)(input_hint_block|controlnet_cond_embedding|zero_convs)\.",
     "diffusers' UNet alone (give the folder that holds model_index.json)": r"^down_blocks\.0\.",
     "a UNet alone": r"^(model\.diffusion_model\.)?input_blocks\.0\.",

@@ -2,12 +2,14 @@
 
 import json
 import math
+import random
 import re
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from families import fuzz
 from families.lora_files import ALPHA, PARTS, RANK, Peft, as_peft, kohya, numbered, older, oldest, peft, sgm
 from safetensors.torch import save_file
 
@@ -15,6 +17,7 @@ from ldm.checkpoints import lora, native, pickled
 from ldm.checkpoints.native import Model
 from ldm.errors import UserError
 from ldm.families import FAMILIES as KNOWN
+from ldm.families.inspect import describe
 from ldm.families.load import load
 from ldm.models.autoencoder import AutoencoderConfig
 from ldm.models.unet import UNetConfig
@@ -92,6 +95,8 @@ def test_numbers_in_place_of_names(folders: dict[str, Path], tmp_path: Path) -> 
     numbers, names = numbered(folders["sd1"])
     save_file(numbers | {"<s1>": torch.ones(64)}, tmp_path / "numbers")
     save_file(names, tmp_path / "names")
+    assert describe(tmp_path / "numbers")[0] == "numbers: a LoRA"
+    assert describe(tmp_path / "numbers")[2] == f"changes {len(numbers) // 2} weights, at rank 2; not of it: <s1>"
     by_number, by_name = load(folders["sd1"]), load(folders["sd1"])
     injected = lora.inject(by_number, lora.read(tmp_path / "numbers"))
     lora.fuse(by_name, lora.read(tmp_path / "names"))
@@ -114,6 +119,23 @@ def test_lists_of_old(folders: dict[str, Path], tmp_path: Path) -> None:
     for part in ("unet", "text_encoder"):
         assert not lora.inject(by_list, lora.read(tmp_path / part)).unmatched
     assert far(by_list, by_name) == 0
+
+
+def test_damaged_files(folders: dict[str, Path], tmp_path: Path) -> None:
+    kernel = {"lora_down.weight": torch.ones(2, 64, 3, 3), "lora_up.weight": torch.ones(64, 2, 1, 1)}
+    places = ("lora_unet_mid_block_resnets_0_conv1", "no_place")
+    whole = {f"{place}.{role}": value.clone() for place in places for role, value in kernel.items()}
+    save_file(whole, tmp_path / "whole", {"lora_adapter_metadata": json.dumps({"unet.alpha_pattern": {"conv1": 3}})})
+    model, raw, said = load(folders["sd1"]), (tmp_path / "whole").read_bytes(), 0
+    for case in range(150):
+        rng = random.Random(case)
+        (tmp_path / "broken").write_bytes(rng.choice([fuzz.damage_bytes, fuzz.damage_header])(rng, raw))
+        try:
+            lora.inject(model, lora.read(tmp_path / "broken")).eject()
+        except UserError as error:
+            said += 1
+            assert len(str(error).splitlines()) == 1 and len(str(error)) < 1000
+    assert 75 < said < 150
 
 
 def test_parse() -> None:
