@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image as Pillow
@@ -52,7 +53,7 @@ class Control:
     def _channels(self) -> int:
         if isinstance(self.network, T2IAdapter):
             return self.network.config.hint_channels
-        return int(self.network.hint[0].weight.shape[1])  # type: ignore[index, union-attr]
+        return int(self.network.hint[0].weight.shape[1])  # type: ignore[index]
 
 
 def controlled(
@@ -107,7 +108,7 @@ def parse(spec: str) -> tuple[Path, float, float, float]:
     return Path(head), weight, start, end
 
 
-def _each(flag: str, given: Sequence, specs: Sequence[str]) -> list:  # type: ignore[type-arg]
+def _each(flag: str, given: Sequence[Any], specs: Sequence[str]) -> list[Any]:
     """One of `given` for each spec."""
     if len(given) not in (1, len(specs)):
         raise UserError(

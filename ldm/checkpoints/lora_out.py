@@ -28,7 +28,7 @@ def targets(model: Model) -> dict[str, Place]:
         raise UserError("this file holds an autoencoder alone: a LoRA needs a whole model")
     maps = [("unet.", "backbone.", diffusers.unet(backbone, backbone.config))]
     maps.append(("text_encoder.", "text.tower.", diffusers.clip(text.tower, text.config)))
-    if text.config.second is not None:
+    if text.config.second is not None and text.second is not None:
         maps.append(("text_encoder_2.", "text.second.", diffusers.clip(text.second, text.config.second)))
     found = {}
     for part, ours, keymap in maps:
@@ -57,7 +57,7 @@ def _kohya(name: str, adapter: LowRank, towers: int) -> dict[str, Tensor]:
     part, _, rest = name.partition(".")
     text = "lora_te" if towers == 1 else "lora_te1"
     key = {"unet": "lora_unet", "text_encoder": text, "text_encoder_2": "lora_te2"}[part] + "_" + rest.replace(".", "_")
-    tensors = {f"{key}.lora_down.weight": adapter.down, f"{key}.lora_up.weight": adapter.up}
+    tensors: dict[str, Tensor] = {f"{key}.lora_down.weight": adapter.down, f"{key}.lora_up.weight": adapter.up}
     tensors[f"{key}.alpha"] = torch.tensor(adapter.scale * len(adapter.down))
     if adapter.magnitude is not None:
         tensors[f"{key}.dora_scale"] = adapter.magnitude
@@ -66,7 +66,10 @@ def _kohya(name: str, adapter: LowRank, towers: int) -> dict[str, Tensor]:
 
 def _peft(name: str, adapter: LowRank, towers: int) -> dict[str, Tensor]:
     # without settings beside it a file means a scale of 1
-    tensors = {f"{name}.lora_A.weight": adapter.down, f"{name}.lora_B.weight": adapter.up * adapter.scale}
+    tensors: dict[str, Tensor] = {
+        f"{name}.lora_A.weight": adapter.down,
+        f"{name}.lora_B.weight": adapter.up * adapter.scale,
+    }
     if adapter.magnitude is not None:
         tensors[f"{name}.lora_magnitude_vector"] = adapter.magnitude.flatten()
     return tensors
