@@ -4,7 +4,7 @@
     make chaos ARGS="--kills 100 --others 10 --seed 1"
 
 Each trial is a run in a folder of its own. It is right if, in the end, weights, averages, optimisers, log and model are
-bit for bit those of the same run left alone. The table is printed again after every few trials.
+bit for bit those of the same run left alone. The table is printed again after each.
 """
 
 import argparse
@@ -37,6 +37,7 @@ class Chaos:
         self.server, self.folder, self.rng = server, folder, random.Random(seed)
         self.rows: dict[str, Counter[str]] = {}
         self.wrong: list[str] = []
+        self.pace, self.newest = 1.0, ""
         self.autoencoder = folder / "vae/model.safetensors"
         self.whole: dict[str, tuple[tuple[object, ...], float]] = {}  # of each variant: its result, and its seconds
         assert server.start("vae", folder / "vae").wait() == [0]
@@ -76,10 +77,13 @@ class Chaos:
 
     def kill(self, variant: str, run: Path, seconds: float, row: Counter[str]) -> bool:
         trainee = self.start(variant, run)
-        time.sleep(self.rng.uniform(0, seconds))
+        time.sleep(self.rng.uniform(0, seconds * self.pace))
         trainee.signal(signal.SIGKILL)
         killed = -signal.SIGKILL in trainee.wait()
         row["strikes"] += killed
+        newest = max((path.name for path in run.glob("checkpoints/[0-9]*")), default="")
+        self.pace = max(self.pace * (1.1 if newest == self.newest else 0.7), 0.2)  # as busy as the machine is now
+        self.newest = newest
         return killed  # else it was done before
 
     def terminate(self, variant: str, run: Path, seconds: float, row: Counter[str]) -> bool:
@@ -154,16 +158,13 @@ def main() -> None:
             "full disk": chaos.full_disk,
             "flipped byte": chaos.flipped_byte,
         }
-        for number in range(arguments.others):
-            for trouble, strike in rest.items():
-                chaos.trial(trouble, strike)
-            if number % 5 == 0:
-                report()
         while chaos.rows.setdefault("kill -9", Counter())["strikes"] < arguments.kills:
             chaos.trial("kill -9", chaos.kill)
-            if chaos.rows["kill -9"]["runs"] % 10 == 0:
-                report()
-        report()
+            report()
+        for _ in range(arguments.others):
+            for trouble, strike in rest.items():
+                chaos.trial(trouble, strike)
+            report()
     sys.exit(bool(chaos.wrong))
 
 
