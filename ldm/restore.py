@@ -81,7 +81,9 @@ def parse(text: str) -> Damage:
 
 
 def enlarged(canvas: Canvas, damage: Damage) -> Canvas:
-    """The measured picture in the size of the whole one, which measures just so."""
+    """The measured picture in the size of the whole one, which measures just so. UserError under a mask."""
+    if canvas.mask is not None:
+        raise UserError("--restore is of a whole picture: leave --mask and --expand out")
     if damage.enlarge == 1:
         return canvas
     grown = F.interpolate(canvas.image, scale_factor=float(damage.enlarge), mode="bicubic").clamp(-1, 1)

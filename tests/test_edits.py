@@ -86,6 +86,11 @@ def test_what_was_damaged_is_met(painter: Pipeline, what: str) -> None:
     assert measured.request(request).strength == 1.0
 
 
+def test_a_part_is_not_restored(picture: Canvas) -> None:
+    with pytest.raises(UserError, match="of a whole picture"):
+        enlarged(replace(picture, mask=torch.ones(1, 1, 16, 16)), parse("grey"))
+
+
 def test_damages(picture: Canvas) -> None:
     image = picture.image
     flat = torch.full((1, 3, 8, 8), 0.3)
