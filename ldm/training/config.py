@@ -114,13 +114,15 @@ class VaeRun:
     """scripts/train_vae.py. statistics: images over which the latent's mean and deviation are measured.
 
     weights: a file with an autoencoder to start from, of any layout; `model` left as it is here is then the file's.
-    freeze: names of parameters that stay as they are, `[encoder.*]` to train a decoder alone.
+    freeze: names of parameters that stay as they are, `[encoder.*]` to train a decoder alone. teacher: a file with an
+    autoencoder whose latents this one learns to give and to read, as TAESD learned Stable Diffusion's.
     """
 
     run: RunConfig
     data: DataConfig
     model: AutoencoderConfig = AutoencoderConfig()
     weights: str = ""
+    teacher: str = ""
     freeze: tuple[str, ...] = ()
     discriminator: DiscriminatorConfig = DiscriminatorConfig()
     loss: AutoencoderLoss = AutoencoderLoss()

@@ -13,7 +13,7 @@ from ldm.checkpoints import native
 from ldm.data.dataset import to_image
 from ldm.errors import UserError
 from ldm.evaluation.inception import Inception
-from ldm.models.autoencoder import AutoencoderConfig
+from ldm.models.autoencoder import Autoencoder, AutoencoderConfig
 from ldm.models.discriminator import adaptive_weight, hinge_g
 from ldm.models.perceptual import LPIPS
 from ldm.training import keyed
@@ -268,3 +268,48 @@ def test_rfid_is_measured_where_there_are_weights(vae, monkeypatch: pytest.Monke
 def test_bad_settings(vae, overrides: list[str], message: str):
     with pytest.raises(UserError, match=message):
         AutoencoderTask(vae(*overrides))
+
+
+@pytest.fixture
+def teacher(tmp_path: Path) -> str:
+    """An autoencoder of other widths, with the same latents' shape and statistics of its own."""
+    torch.manual_seed(5)
+    config = AutoencoderConfig(
+        z_channels=2,
+        channels=(16,),
+        patch=2,
+        res_blocks=1,
+        mid_attention=False,
+        groups=4,
+        mean=(0.5, 0.1),
+        std=(2.0, 0.5),
+    )
+    native.save(tmp_path / "teacher.safetensors", native.ModelSpec(config, 32), {"autoencoder": Autoencoder(config)})
+    return str(tmp_path / "teacher.safetensors")
+
+
+def test_a_teacher_gives_the_latents_that_are_decoded_and_learnt(vae, teacher: str, tmp_path: Path):
+    task = build(vae, "--teacher", teacher, "--loss.adversarial", "0")
+    first = task.autoencoder_loss(batch(task))
+    first["loss"].backward()
+    image = to_image(batch(task)["image"])
+    wanted = native.load_autoencoder(teacher).autoencoder.encode(image)
+    torch.testing.assert_close(first["latent"], (task.autoencoder.encode(image).mean - wanted.mean).square().mean())
+    noise = keyed.normal(0, "posterior", batch(task)["position"], tuple(wanted.mean.shape[1:]))
+    seen = task.autoencoder.decode(wanted.sample(noise))
+    torch.testing.assert_close(first["pixel"], (seen - image).abs().mean())
+    optimizer = torch.optim.Adam(task.autoencoder.parameters(), 1e-2)
+    for _ in range(40):
+        optimizer.zero_grad()
+        loss = task.autoencoder_loss(batch(task))
+        loss["loss"].backward()
+        optimizer.step()
+    assert loss["latent"] < 0.7 * first["latent"], "the encoder learns from the teacher"
+    task.export(tmp_path / "student.safetensors", {})
+    spec = native.read_spec(tmp_path / "student.safetensors")
+    assert spec.autoencoder.mean == (0.5, 0.1) and spec.autoencoder.std == (2.0, 0.5), "its latents are the teacher's"
+
+
+def test_a_teacher_of_other_latents_is_refused(vae, teacher: str):
+    with pytest.raises(UserError, match="must be an autoencoder of 3 channels and factor 2"):
+        build(vae, "--teacher", teacher, "--model.z_channels", "3")

@@ -43,7 +43,11 @@ class AutoencoderTask:
 
     def __init__(self, config: VaeRun) -> None:
         self.config, self.loss = config, config.loss
+        self.teacher = _teacher(config)
         self.autoencoder = _autoencoder(config)
+        if self.teacher is not None:
+            taught = self.teacher.config
+            self.autoencoder.config = replace(self.autoencoder.config, mean=taught.mean, std=taught.std)
         self.model = self.autoencoder.config
         if config.data.size % self.model.factor:
             raise UserError(f"data.size {config.data.size} is not a multiple of the model's factor {self.model.factor}")
@@ -78,7 +82,14 @@ class AutoencoderTask:
 
     def to(self, device: torch.device) -> None:
         self.device = device
-        for module in (self.autoencoder, self.discriminator, self.perceptual, self.balance, self.inception):
+        for module in (
+            self.autoencoder,
+            self.teacher,
+            self.discriminator,
+            self.perceptual,
+            self.balance,
+            self.inception,
+        ):
             if module is not None:
                 module.to(device)
 
@@ -100,7 +111,8 @@ class AutoencoderTask:
         image = to_image(batch["image"])
         posterior = self.autoencoder.encode(image)
         noise = keyed.normal(self.config.run.seed, "posterior", batch["position"], tuple(posterior.mean.shape[1:]))
-        reconstruction = self.autoencoder.decode(posterior.sample(noise)).float()
+        taught = self._taught(image)
+        reconstruction = self.autoencoder.decode((taught or posterior).sample(noise)).float()
         self._reconstruction = pixels = reconstruction.detach().requires_grad_()
 
         difference = pixels - image
@@ -120,11 +132,15 @@ class AutoencoderTask:
                 self.balance.see(*(self._at_last_layer(reconstruction, way) for way in (direction, push)))
             direction = direction + weight * push
             total = total + weight * terms["gan"]
-        rest = self._latent_terms(posterior, image, terms)
+        rest = self._latent_terms(posterior, image, terms) if taught is None else _likeness(posterior, taught, terms)
         backward = (reconstruction * direction).sum() + rest
         return {
             "loss": backward + (total + rest - backward).detach()
         } | terms  # the value of one, the gradient of the other
+
+    @torch.no_grad()
+    def _taught(self, image: Image) -> Gaussian | None:
+        return None if self.teacher is None else self.teacher.encode(image)
 
     def _at_last_layer(self, reconstruction: Tensor, direction: Tensor) -> Tensor:
         """The gradient at the decoder's last layer of a loss that has this one at the pixels."""
@@ -194,8 +210,10 @@ class AutoencoderTask:
     def measured(self) -> AutoencoderConfig:
         """The config with mean and deviation of each latent channel over `statistics` training images.
 
-        Those of a frozen encoder stay: models that were trained in its latents go on to fit.
+        Those of a frozen encoder, or of a teacher, stay: models that were trained in its latents go on to fit.
         """
+        if self.teacher is not None:
+            return self.model
         if normalised(self.model) and not any(p.requires_grad for p in self.autoencoder.encoder.parameters()):
             return self.model
         count, size = 0, self.config.run.batch_size
@@ -216,6 +234,29 @@ class AutoencoderTask:
     def _held_back(self) -> Iterator[Image]:
         for start in range(0, len(self.held_back), self.config.run.batch_size):
             yield self.held_back.images(start, start + self.config.run.batch_size)
+
+
+def _likeness(posterior: Gaussian, taught: Gaussian, terms: Losses) -> Tensor:
+    """How far the encoder's answers are from its teacher's; the weights keep it below the losses on pixels."""
+    terms["latent"] = (posterior.mean.float() - taught.mean.float()).square().mean()
+    terms["spread"] = (posterior.logvar.float() - taught.logvar.float()).square().mean()
+    return 0.2 * terms["latent"] + 0.005 * terms["spread"]
+
+
+def _teacher(config: VaeRun) -> Autoencoder | None:
+    if not config.teacher:
+        return None
+    found = load_vae(Path(config.teacher))
+    model = config.model
+    if not isinstance(found, Autoencoder) or (found.config.z_channels, found.factor) != (
+        model.z_channels,
+        model.factor,
+    ):
+        raise UserError(
+            f"teacher {config.teacher!r} must be an autoencoder of {model.z_channels} channels and factor "
+            f"{model.factor}, as the model is"
+        )
+    return found.requires_grad_(False)
 
 
 def _autoencoder(config: VaeRun) -> Autoencoder:
