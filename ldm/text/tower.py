@@ -136,10 +136,16 @@ class Conditioner(nn.Module):
         return self.tokenizer(prompts)[0]
 
     def encode(
-        self, ids: TokenIds, size: tuple[int, int] = (0, 0), *, scores: Sequence[float] = (), layer: int | None = None
+        self,
+        ids: TokenIds,
+        size: tuple[int, int] | Tensor = (0, 0),
+        *,
+        scores: Sequence[float] = (),
+        layer: int | None = None,
     ) -> Conditioning:
-        """Conditions of token ids (b, l) for pictures of size (height, width) in pixels.
+        """Conditions of token ids (b, l) for pictures of size (height, width) in pixels, whole and not enlarged.
 
+        size: or, for SDXL, (b, 6) numbers about each picture: its original size, top and left of the crop, its size.
         scores: how beautiful each picture shall be, 0 to 10 (6 for all), for a model that asks: SDXL's refiner.
         layer: in place of the config's own, "clip skip".
         """
@@ -154,10 +160,18 @@ class Conditioner(nn.Module):
             pooled = None if pooled is None else pooled * filled[:, None]
         if pooled is None or not config.size_ids:
             return Conditioning(tokens, vector=pooled)
-        target = [list(size)] * len(ids) if config.size_ids == 6 else [[score] for score in scores or [6.0] * len(ids)]
-        about = torch.tensor([[*size, 0, 0, *rest] for rest in target], device=ids.device, dtype=torch.float32)
-        features = sinusoid(about.flatten(), config.id_width).reshape(len(ids), -1)
-        return Conditioning(tokens, vector=torch.cat([pooled, features.to(pooled)], dim=1))
+        return Conditioning(tokens, vector=torch.cat([pooled, self.about(size, len(ids), scores).to(pooled)], dim=1))
+
+    def about(self, size: tuple[int, int] | Tensor, n: int, scores: Sequence[float] = ()) -> Vector:
+        """Features (n, size_ids * id_width) of the numbers about n pictures; see `encode`."""
+        config, device = self.config, self.tower.positional_embedding.device
+        if not isinstance(size, Tensor):
+            size = torch.tensor([[*size, 0, 0, *size]] * n)
+        numbers = size.to(device, torch.float32)
+        if config.size_ids == 5:
+            score = torch.tensor([*(scores or [6.0] * n)], device=device)
+            numbers = torch.cat([numbers[:, :4], score[:, None]], dim=1)
+        return sinusoid(numbers.flatten(), config.id_width).reshape(n, -1)
 
     def forward(self, prompts: Sequence[str], size: tuple[int, int] = (0, 0)) -> Conditioning:
         """Conditions of prompts, on the device of the weights; see `encode`."""

@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from ldm.checkpoints import native
+from ldm.data.cache import cached
 from ldm.errors import UserError
 from ldm.families.convert import convert
 from ldm.training.config import LdmRun
@@ -293,3 +294,48 @@ def test_bad_settings(ldm, overrides: list[str], message: str):
 def test_a_tower_of_another_shape(ldm, tiny_model: Path):
     with pytest.raises(UserError, match="has the tower"):
         DenoisingTask(ldm("--text.weights", str(tiny_model)))
+
+
+SIZED = ("--text.tower.projection", "16", "--text.tower.size_ids", "6", "--text.tower.id_width", "8")
+
+
+def test_what_is_known_of_a_picture_reaches_the_network(ldm):
+    """SDXL's size and crop (Podell et al. 2023, Sec. 2.2), each picture its own."""
+    task = build(ldm, *SIZED, "--backbone.vector_dim", "64", "--loss.caption_dropout", "0")
+    batch = task.dataset.__getitems__(range(4))
+    cond = task.conditions(batch, torch.zeros(4, dtype=torch.bool))
+    assert cond.vector is not None and cond.vector.shape == (4, 64)
+    torch.testing.assert_close(cond.vector[:, 16:], task.text.about(batch["size_ids"], 4))
+    other = task.conditions(batch | {"size_ids": batch["size_ids"] + 7}, torch.zeros(4, dtype=torch.bool))
+    assert torch.equal(cond.vector[:, :16], other.vector[:, :16]) and not torch.equal(cond.vector, other.vector)
+    whole = task.encode_text(batch["tokens"])
+    side = task.config.data.size
+    torch.testing.assert_close(
+        whole.vector[:, 16:], task.text.about(torch.tensor([[side, side, 0, 0, side, side]] * 4), 4)
+    )
+
+
+def test_kept_states_know_of_the_picture_too(ldm, tmp_path):
+    """A cache of text states holds no sizes: they come from each picture."""
+    start = build(ldm, *SIZED, "--backbone.vector_dim", "64")
+    start.export(tmp_path / "start.safetensors", {})
+    frozen = (
+        *SIZED,
+        "--backbone.vector_dim",
+        "64",
+        "--weights",
+        str(tmp_path / "start.safetensors"),
+        "--text.train",
+        "false",
+    )
+    plain = DenoisingTask(ldm(*frozen))
+    plain.to(CPU)
+    kept = plain.encoders(text=True, crops=1)
+    cached(plain.pictures, kept, tmp_path / "kept")
+    task = DenoisingTask(ldm(*frozen, "--cache", str(tmp_path / "kept")))
+    task.to(CPU)
+    batch = task.dataset.__getitems__(range(4))
+    assert "states" in batch
+    nothing = torch.zeros(4, dtype=torch.bool)
+    again = plain.conditions(plain.dataset.__getitems__(range(4)), nothing)
+    torch.testing.assert_close(task.conditions(batch, nothing).vector, again.vector, rtol=2e-2, atol=2e-3)

@@ -160,13 +160,17 @@ class DenoisingTask:
     def conditions(self, batch: Batch, dropped: Tensor) -> Conditioning:
         """Text states of a batch, kept or encoded now: of the empty caption where it is dropped."""
         if "states" not in batch or self.trains_text:
-            return self.encode_text(torch.where(dropped[:, None], self.empty, batch["tokens"]))
+            return self.encode_text(torch.where(dropped[:, None], self.empty, batch["tokens"]), batch.get("size_ids"))
         empty = {} if self._cached is None else self._cached.empty or {}
         kept = {name: torch.from_numpy(empty[name]).to(self.device) for name in ("states", "vector") if name in empty}
         tokens = torch.where(dropped[:, None, None], kept["states"], batch["states"]).float()
         if "vector" not in kept:
             return Conditioning(tokens)
-        return Conditioning(tokens, vector=torch.where(dropped[:, None], kept["vector"], batch["vector"]).float())
+        vector = torch.where(dropped[:, None], kept["vector"], batch["vector"]).float()
+        if self.text.config.size_ids:  # kept without knowing of which crop
+            sizes = self.text.about(batch["size_ids"], len(tokens)).float()
+            vector = torch.cat([vector[:, : -sizes.shape[1]], sizes], dim=1)
+        return Conditioning(tokens, vector=vector)
 
     def encoders(self, *, text: bool, crops: int) -> Encoders:
         """What fills a cache. text: with states of the tower, which must be frozen."""
@@ -198,10 +202,11 @@ class DenoisingTask:
         posterior = self.autoencoder.encode(to_image(image.to(self.device)))
         return posterior.mean.float(), (0.5 * posterior.logvar.float()).exp()
 
-    def encode_text(self, ids: TokenIds) -> Conditioning:
+    def encode_text(self, ids: TokenIds, sizes: Tensor | None = None) -> Conditioning:
+        """Conditions of token ids; sizes: `size_ids` of a batch, those of whole pictures where there are none."""
         side = self.config.data.size
         with torch.set_grad_enabled(self.trains_text and torch.is_grad_enabled()):
-            return self.text.encode(ids, (side, side))
+            return self.text.encode(ids, (side, side) if sizes is None else sizes)
 
     def validate(self) -> dict[str, float]:
         """The loss on held-back pictures: noise fixed, noise levels spread evenly over the training density."""

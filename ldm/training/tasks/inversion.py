@@ -74,10 +74,10 @@ class InversionTask(DenoisingTask):
             row[: len(numbers)] = torch.tensor(numbers)
         return ids
 
-    def encode_text(self, ids: TokenIds) -> Conditioning:
+    def encode_text(self, ids: TokenIds, sizes: Tensor | None = None) -> Conditioning:
         embeddings = [self.word.embedding(self.token)]
         with extended(self.text, embeddings):
-            return super().encode_text(ids)
+            return super().encode_text(ids, sizes)
 
     def export(self, path: Path, provenance: dict[str, Any]) -> None:
         """Write the vectors under the token's name, as diffusers and AUTOMATIC1111's web UI read them."""
