@@ -5,7 +5,7 @@ import os
 import shutil
 import sys
 from pathlib import Path
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import einops._torch_specific
 import torch
@@ -53,16 +53,17 @@ class Packed(nn.Linear):
         other = weight.device.type != "cpu" or not x.dtype == weight.dtype == torch.float32
         if other or weight.is_inference() or (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)):
             return super().forward(x)
-        state = (weight.data_ptr(), weight._version)  # an adapter may have changed it
+        state = (weight.data_ptr(), weight._version)  # an adapter may have changed it, or put another in its place
         packed = _PACKED.get(self)
-        if packed is None or packed[0] != state:
-            packed = _PACKED[self] = (state, torch.ops.mkldnn._reorder_linear_weight(weight.detach(), None))
-        answer: Tensor = torch.ops.mkldnn._linear_pointwise(x, packed[1], self.bias, "none", [], "")
+        if packed is None or packed[0]() is not weight or packed[1] != state:
+            laid_out = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), None)
+            packed = _PACKED[self] = (ref(weight), state, laid_out)
+        answer: Tensor = torch.ops.mkldnn._linear_pointwise(x, packed[2], self.bias, "none", [], "")
         return answer
 
 
 # Beside the modules, so that a copy of one does not carry it along.
-_PACKED: WeakKeyDictionary[nn.Module, tuple[tuple[int, int], Tensor]] = WeakKeyDictionary()
+_PACKED: WeakKeyDictionary[nn.Module, tuple[ref[Tensor], tuple[int, int], Tensor]] = WeakKeyDictionary()
 
 
 def slow_blas() -> bool:

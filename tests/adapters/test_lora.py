@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from ldm.adapters.lora import LowRank, Place, fuse, inject
+from ldm.models.speed import Packed
 
 
 def rand(*shape: int, seed: int = 0) -> Tensor:
@@ -97,6 +98,18 @@ def test_what_is_fused_stays(modules: dict[str, nn.Module]) -> None:
     other.eject()
     assert torch.allclose(layer.weight, base + 0.5 * low_rank(seed=1).delta(base.shape), atol=1e-6)
     assert type(layer.weight) is nn.Parameter
+
+
+def test_a_layer_that_keeps_its_weights_packed_follows() -> None:
+    """One adapter after another may lie at the same address."""
+    torch.manual_seed(0)
+    layer, x = nn.Linear(256, 256).requires_grad_(False), rand(4, 256)
+    layer.__class__ = Packed
+    for seed in range(6):
+        injected = inject({"net": nn.Sequential(layer)}, [(Place("net.0.weight"), low_rank(256, 256, seed=seed))])
+        with torch.no_grad():
+            assert torch.allclose(layer(x), x @ layer.weight.T + layer.bias, atol=1e-3)
+        injected.eject()
 
 
 def test_memory_layout_stays(modules: dict[str, nn.Module]) -> None:
