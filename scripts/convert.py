@@ -23,6 +23,7 @@ FLAGS.add_argument(
     help=("the layout to write; tensors: those of a pickled file under their names, as of an embedding or LoRA"),
 )
 FLAGS.add_argument("--dtype", choices=("fp16", "bf16", "fp32", "int8"), help="of weights (as they are); int8: ldm only")
+FLAGS.add_argument("--vae", type=Path, help="an autoencoder in place of the model's own: a file or folder")
 
 
 @script
@@ -39,7 +40,7 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory(prefix=".convert.", dir=pickled.room(args.out)) as scratch:
         safe = pickled.unpacked(pipeline.find(args.model), Path(scratch))
-        convert(safe, args.out, args.to, args.dtype)
+        convert(safe, args.out, args.to, args.dtype, args.vae)
     print(args.out)
 
 

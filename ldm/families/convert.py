@@ -1,21 +1,25 @@
 """From any layout to any other: read in ours, written in theirs, every tensor kept."""
 
+from dataclasses import replace
 from pathlib import Path
 
 from torch import Tensor
 
 from ldm.checkpoints import native
 from ldm.checkpoints.keymap import refuse
-from ldm.checkpoints.native import EXTRA
+from ldm.checkpoints.native import EXTRA, Model
 from ldm.errors import UserError
 from ldm.families.export import to_compvis, to_diffusers
 from ldm.families.family import Layout
 from ldm.families.source import Source, open_model
+from ldm.families.vae import load_vae
+from ldm.models.autoencoder import Autoencoder
 
 
-def convert(path: Path, out: Path, to: Layout, storage: native.Storage | None = None) -> None:
+def convert(path: Path, out: Path, to: Layout, storage: native.Storage | None = None, vae: Path | None = None) -> None:
     """Write the model at `path` to `out` in another layout, or the same; storage: of every weight, None as they are.
 
+    vae: an autoencoder in place of the model's own, whose place in the file it takes.
     UserError where the model is broken, or the layout cannot hold it (int8: only ours can). Tensors that no network
     needs go along.
     """
@@ -28,12 +32,27 @@ def convert(path: Path, out: Path, to: Layout, storage: native.Storage | None = 
         shapes = source.model.shapes()
         weights = {ours: source.keymap.tensor(ours, source.tensors, shapes[ours]) for ours in shapes}
         refuse(**{"not finite": {name for name, value in weights.items() if not native.finite(value)}})
+        model, extras = source.model, _extras(source)
+        if vae is not None:
+            model, weights = _with(vae, model, weights)
         weights = native.pack(weights, storage) if storage else weights
-        extras = _extras(source)
         if to == "ldm":
-            native.write(out, source.spec, weights | extras)
+            native.write(out, model.spec, weights | extras)
         else:
-            {"diffusers": to_diffusers, "compvis": to_compvis}[to](out, source.model, weights, extras)
+            {"diffusers": to_diffusers, "compvis": to_compvis}[to](out, model, weights, extras)
+
+
+def _with(vae: Path, model: Model, weights: dict[str, Tensor]) -> tuple[Model, dict[str, Tensor]]:
+    """A model and its weights with another autoencoder. UserError where it does not fit, or is a tiny one."""
+    found = load_vae(vae, model.spec.autoencoder, dtype=None)
+    if not isinstance(found, Autoencoder):
+        raise UserError(
+            f"{str(vae)!r} is a tiny autoencoder: it decodes as --vae of txt2img, and has no place in a file"
+        )
+    kept = {name: value for name, value in weights.items() if not name.startswith("autoencoder.")}
+    own = {f"autoencoder.{name}": value for name, value in found.state_dict().items()}
+    spec = replace(model.spec, autoencoder=found.config)
+    return replace(model, spec=spec, autoencoder=found), own | kept
 
 
 def _extras(source: Source) -> dict[str, Tensor]:

@@ -15,7 +15,7 @@ from ldm.checkpoints.native import ModelSpec
 from ldm.errors import UserError
 from ldm.families.convert import convert
 from ldm.families.load import load
-from ldm.models.autoencoder import AutoencoderConfig
+from ldm.models.autoencoder import Autoencoder, AutoencoderConfig
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "convert.py"
 
@@ -146,3 +146,24 @@ def test_broken_pickles_are_one_line(content: bytes, tmp_path: Path) -> None:
 def test_a_header_may_begin_as_a_pickle_does(length: int, tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(length.to_bytes(8, "little") + b"{}")
     assert not pickled.is_pickled(tmp_path / "a")
+
+
+@pytest.mark.parametrize("to", ["ldm", "diffusers", "compvis"])
+def test_another_autoencoder_takes_the_place_of_the_models_own(
+    folders: dict[str, Path], tmp_path: Path, to: str
+) -> None:
+    convert(folders["sd1"], tmp_path / "out", to, vae=folders["sd2"])
+    out, own, other = load(tmp_path / "out"), load(folders["sd1"]), load(folders["sd2"])
+    theirs = other.autoencoder.state_dict()
+    assert all(torch.equal(value, theirs[name]) for name, value in out.autoencoder.state_dict().items())
+    assert out.backbone is not None and own.backbone is not None
+    kept = own.backbone.state_dict()
+    assert all(torch.equal(value, kept[name]) for name, value in out.backbone.state_dict().items())
+
+
+def test_an_autoencoder_for_other_latents_is_refused(folders: dict[str, Path], tmp_path: Path) -> None:
+    config = AutoencoderConfig(z_channels=3, channels=(32, 32), res_blocks=1, std=(2.0,))
+    native.save(tmp_path / "vae", ModelSpec(config, 32), {"autoencoder": Autoencoder(config)})
+    with pytest.raises(UserError, match="its latents have 3 channels, the model's 4"):
+        convert(folders["sd1"], tmp_path / "out", "ldm", vae=tmp_path / "vae")
+    assert not (tmp_path / "out").exists()
