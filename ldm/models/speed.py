@@ -51,6 +51,7 @@ class Packed(nn.Linear):
         """As nn.Linear's, and by it where gradients are wanted."""
         weight = self.weight
         other = weight.device.type != "cpu" or not x.dtype == weight.dtype == torch.float32
+        other = other or torch.compiler.is_compiling()  # which would take its weights for inputs
         if other or weight.is_inference() or (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)):
             return super().forward(x)
         state = (weight.data_ptr(), weight._version)  # an adapter may have changed it, or put another in its place
