@@ -173,7 +173,7 @@ class AutoencoderTask:
         terms |= {"accuracy_real": (real > 0).float().mean(), "accuracy_fake": (fake < 0).float().mean()}
         return {"loss": hinge_d(real, fake) + 0.5 * self.loss.r1 * terms.get("r1", 0.0)} | terms
 
-    def remarks(self, record: Mapping[str, float]) -> list[str]:
+    def remarks(self, record: Mapping[str, Any]) -> list[str]:
         """What a person should hear of a line of the log: a discriminator that has stopped to teach."""
         real, fake = (record.get(f"discriminator_accuracy_{kind}", 0.5) for kind in ("real", "fake"))
         state = ""

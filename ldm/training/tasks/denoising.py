@@ -223,7 +223,7 @@ class DenoisingTask:
             total += self.losses(x0, levels[part].to(self.device), noise, cond, network=network).sum().item()
         return {f"{self.held_back.name}_loss": total / len(position)}
 
-    def remarks(self, record: Mapping[str, float]) -> list[str]:
+    def remarks(self, record: Mapping[str, Any]) -> list[str]:
         return []
 
     def sample(self) -> tuple[Image, int]:
