@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from ldm.conditioning import Conditioning
-from ldm.models.attention import Attention, TransformerBlock, attend
+from ldm.models.attention import Attention, TransformerBlock
 from ldm.models.unet import UNet
 from ldm.shapes import Tokens, Vector
 
@@ -46,7 +46,7 @@ class Reader(nn.Module):
         def split(y: Tensor) -> Tensor:
             return y.unflatten(2, (self.attn.heads, -1)).transpose(1, 2)
 
-        q = split(self.attn.to_q(x))
+        attend, q = self.attn.attend, split(self.attn.to_q(x))
         visible = None if mask is None else mask[:, None, None, : text.shape[1]]
         read = attend(q, split(self.attn.to_k(text)), split(self.attn.to_v(text)), visible)
         read = read + self.weight * attend(q, split(self.keys(picture)), split(self.values(picture)))

@@ -13,6 +13,7 @@ from ldm.conditioning import Conditioning
 from ldm.errors import UserError
 from ldm.families.ip_adapter import load_image_tower, load_ip_adapter
 from ldm.families.load import load
+from ldm.models import attention
 from ldm.models.unet import UNet
 from ldm.text.vision import MEAN, STD
 
@@ -65,6 +66,30 @@ def test_a_unet_that_sees_a_picture_equals_diffusers(folders: dict[str, Path], u
     assert ((got - before).norm() / before.norm()).item() > 0.01, "the picture must be felt"
     worn.eject()
     assert torch.equal(unet(z, label, cond), before)
+
+
+@pytest.mark.parametrize("worn_first", [True, False])
+@torch.no_grad()
+def test_the_attention_that_is_chosen_sees_the_picture_too(
+    unet: UNet, monkeypatch: pytest.MonkeyPatch, worn_first: bool
+) -> None:
+    """Chosen before or after the adapter is put on."""
+    lengths = []
+
+    def spy(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        lengths.append(k.shape[2])
+        return attention.fused(q, k, v, mask)
+
+    monkeypatch.setitem(attention.ATTENTIONS, "sdpa", spy)
+    adapter, z, label = IPAdapter(unet, 24), torch.randn(1, 4, 8, 8), torch.tensor([300.0])
+    cond = adapter.show(Conditioning(torch.randn(1, 13, 64)), torch.randn(1, 24))
+    if worn_first:
+        adapter.inject(unet)
+    attention.use_attention(unet, "sdpa")
+    if not worn_first:
+        adapter.inject(unet)
+    unet(z, label, cond)
+    assert lengths.count(13) == lengths.count(4) == len(adapter.keys)
 
 
 @pytest.mark.parametrize("act", ["quick_gelu", "gelu"])
