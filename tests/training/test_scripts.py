@@ -64,7 +64,7 @@ def test_help_lists_the_fields(here):
     assert code == 0 and "--optim.lr 0.0001" in text and "--run.steps (needed)" in text
 
 
-def test_ctrl_c_saves_and_the_same_command_goes_on(tmp_path: Path):
+def test_ctrl_c_saves_and_the_same_command_goes_on(here, tmp_path: Path):
     run = tmp_path / "run"
     arguments = ["configs/tiny/vae.yaml", "--run", run, "--data.shards", SHARDS, "--run.trackers", "[]"]
     arguments += ["--data.size", "32", "--data.workers", "1", "--run.log_every", "1", "--loss.adversarial", "0"]
@@ -84,9 +84,8 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(tmp_path: Path):
     done = int(next((run / "checkpoints").iterdir()).name)
     assert done == json.loads(log.read_text().splitlines()[-1])["step"]
 
-    steps = ["--run.steps", str(done + 1)]
-    again = subprocess.run(command("train_vae.py", *arguments, *steps), cwd=ROOT, capture_output=True, text=True)
-    assert again.returncode == 0 and "going on from" in again.stderr
+    code, _, error = here("train_vae.py", *arguments, "--run.steps", str(done + 1))
+    assert code == 0 and "going on from" in error
     assert [json.loads(line)["step"] for line in log.read_text().splitlines()] == list(range(1, done + 2))
     assert native.read_spec(run / "model.safetensors").provenance["steps"] == done + 1
 
