@@ -51,7 +51,6 @@ def test_layouts_are_named(folders: dict[str, Path], tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("key", "words"),
     [
-        ("lora_unet_down_blocks_0.lora_up.weight", "a LoRA"),
         ("input_hint_block.0.weight", "a ControlNet"),
         ("down_blocks.0.resnets.0.norm1.weight", "diffusers' UNet alone"),
         ("first_stage_model.encoder.down.0.block.0.norm1.weight", "an autoencoder alone"),
@@ -63,6 +62,16 @@ def test_layouts_are_named(folders: dict[str, Path], tmp_path: Path) -> None:
 def test_what_is_no_whole_model_is_named(key: str, words: str, tmp_path: Path) -> None:
     save_file({key: torch.zeros(1)}, tmp_path / "a")
     assert words in describe(tmp_path / "a")[0]
+
+
+def test_a_lora_is_named_and_a_damaged_one_refused(tmp_path: Path) -> None:
+    halves = {"lora_unet_a.lora_up.weight": torch.zeros(6, 2), "lora_unet_a.lora_down.weight": torch.zeros(2, 4)}
+    save_file(halves | {"x": torch.zeros(1)}, tmp_path / "a")
+    first, *_, last = describe(tmp_path / "a")
+    assert "a LoRA" in first and last == "changes 1 weights, at rank 2; not of it: x"
+    save_file(dict([halves.popitem()]), tmp_path / "b")
+    with pytest.raises(UserError, match="1 without both of down and up"):
+        describe(tmp_path / "b")
 
 
 def test_values_are_read_where_asked(folders: dict[str, Path], tmp_path: Path) -> None:
