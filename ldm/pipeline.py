@@ -103,7 +103,8 @@ def load(
     """
     path = find(model)
     where, precision = choose(device, precision)
-    loaded = load_model(path, "cpu" if offload else where, PRECISIONS[precision], Path(vae) if vae else None)
+    first, own, layout = "cpu" if offload else where, Path(vae) if vae else None, torch.channels_last
+    loaded = load_model(path, first, PRECISIONS[precision], own, layout=layout)
     made = Made(path.stem, "", str(where), precision, versions(), torch.get_num_threads(), vae=Path(vae).stem)
     painter = Pipeline(loaded, made, digest_beside(path))
     painter.prepare()

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -10,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ldm.checkpoints.integrity import Entry, Header, read_header
+from ldm.checkpoints.mapped import forget, ranges
 from ldm.errors import UserError
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -31,6 +33,16 @@ class SafeFile:
         except (SafetensorError, RuntimeError, MemoryError, OSError) as error:
             raise UserError(f"cannot read {name} from {str(self.path)!r}: {error}") from None
 
+    @cached_property
+    def _places(self) -> list[tuple[int, int]]:
+        return ranges(self.path)
+
+    def forget(self, name: str, kept: Tensor) -> None:
+        """Let the memory of a tensor go, unless what is kept of it still lies there."""
+        mapped = self.tensor(name)
+        if not 0 <= kept.data_ptr() - mapped.data_ptr() < max(mapped.nbytes, 1):
+            forget(mapped, self._places)
+
 
 class Tensors(Mapping[str, Tensor]):
     """The tensors of one file or several as one mapping that reads what is asked for."""
@@ -48,6 +60,11 @@ class Tensors(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         file, inner = self._places[name]
         return file.tensor(inner)
+
+    def forget(self, name: str, kept: Tensor) -> None:
+        """Let the memory of what has been copied go: see `SafeFile`."""
+        file, inner = self._places[name]
+        file.forget(inner, kept)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._places)

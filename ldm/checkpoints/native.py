@@ -215,18 +215,31 @@ def check(model: Model, tensors: Tensors, keymap: KeyMap) -> None:
 
 
 def fill(
-    model: Model, tensors: Tensors, keymap: KeyMap, device: torch.device | str, dtype: torch.dtype | None
+    model: Model,
+    tensors: Tensors,
+    keymap: KeyMap,
+    device: torch.device | str,
+    dtype: torch.dtype | None,
+    *,
+    layout: torch.memory_format = torch.preserve_format,
 ) -> Model:
-    """Give a skeleton its weights, each from the file to the device once. UserError as `check`, or if not finite."""
+    """Give a skeleton its weights, each from the file to the device once. UserError as `check`, or if not finite.
+
+    layout: of convolutions.
+    """
     check(model, tensors, keymap)
     dtype = dtype or tensors.main_dtype()
     broken = set()
     for prefix, module in model.modules.items():
         state = {}
         for name, empty in module.state_dict().items():
-            value = keymap.tensor(f"{prefix}.{name}", tensors, tuple(empty.shape)).to(device, dtype)
+            ours = f"{prefix}.{name}"
+            value = keymap.tensor(ours, tensors, tuple(empty.shape))
+            value = value.to(device, dtype, memory_format=layout if value.dim() == 4 else torch.preserve_format)
             if not finite(value):
-                broken.add(f"{prefix}.{name}")
+                broken.add(ours)
+            for theirs in keymap.names[ours]:
+                tensors.forget(theirs, value)
             state[name] = value
         module.load_state_dict(state, strict=True, assign=True)
         module.to(device).eval().requires_grad_(False)

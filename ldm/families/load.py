@@ -16,21 +16,33 @@ from ldm.models.unet import UNet
 
 
 def load(
-    path: Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = torch.float32, vae: Path | None = None
+    path: Path,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = torch.float32,
+    vae: Path | None = None,
+    *,
+    layout: torch.memory_format = torch.preserve_format,
 ) -> Model:
     """A model of any layout, strictly; dtype None: as most of the file is. vae: in place of its own.
+
+    layout: of convolutions; copied once into it, they cost no more memory than the file.
 
     UserError, one line, where a file is broken or holds something else.
     """
     with open_model(path) as source:
-        model = fill(source, device, dtype)
+        model = fill(source, device, dtype, layout)
     return model if vae is None else replace(model, autoencoder=load_vae(vae, model.spec.autoencoder, device, dtype))
 
 
-def fill(source: Source, device: torch.device | str, dtype: torch.dtype | None) -> Model:
+def fill(
+    source: Source,
+    device: torch.device | str,
+    dtype: torch.dtype | None,
+    layout: torch.memory_format = torch.preserve_format,
+) -> Model:
     """Load an open model. Where the file does not say what the network predicts, the network is asked."""
     try:
-        model = native.fill(source.model, source.needed, source.keymap, device, dtype)
+        model = native.fill(source.model, source.needed, source.keymap, device, dtype, layout=layout)
     except UserError as error:
         raise UserError(f"{str(source.path)!r}: {error}") from None
     if source.guessed and model.backbone is not None and predicts_noise(model.backbone, model.schedule):
