@@ -103,7 +103,7 @@ class Evil:
         return (open, (str(self.place), "w"))
 
 
-@pytest.mark.parametrize("protocol", [2, 5, "torch"])
+@pytest.mark.parametrize("protocol", [pytest.param(2, marks=pytest.mark.slow), 5, "torch"])
 def test_a_pickle_is_not_run(protocol: int | str, tmp_path: Path) -> None:
     harm, place = {"state_dict": {"a": torch.zeros(1)}, "x": Evil(tmp_path / "harm")}, tmp_path / "evil.ckpt"
     torch.save(harm, place) if protocol == "torch" else place.write_bytes(pickle.dumps(harm, int(protocol)))
@@ -134,7 +134,11 @@ def test_a_trainers_callbacks_do_not_hinder(tmp_path: Path) -> None:
     assert torch.equal(load_file(tmp_path / "out")["a"], torch.ones(2))
 
 
-@pytest.mark.parametrize("content", [b"PK\x03\x04 rubbish", b"\x80\x02.", b"\x80\x04\x95", pickle.dumps([1, 2])])
+# Each is read in a process of its own, which takes seconds to begin.
+ALSO_BROKEN = [pytest.param(content, marks=pytest.mark.slow) for content in (b"\x80\x02.", b"\x80\x04\x95")]
+
+
+@pytest.mark.parametrize("content", [b"PK\x03\x04 rubbish", pickle.dumps([1, 2]), *ALSO_BROKEN])
 def test_broken_pickles_are_one_line(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(content)
     with pytest.raises(UserError) as caught:
