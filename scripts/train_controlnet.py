@@ -1,6 +1,6 @@
 """Train a ControlNet on a model of any layout; running the same command again goes on where it stopped.
 
-python scripts/train_controlnet.py configs/controlnet.yaml --data.shards 'data/mine/{00000..00003}.tar' --run runs/edges
+python scripts/train_controlnet.py configs/tune/controlnet.yaml --data.shards data/mine/00000.tar --run runs/edges
 python scripts/txt2img.py --prompt "a car" --control runs/edges/controlnet --control-image a.png --control-hint canny
 
 The model is the embedded one, or --weights PATH: ours, Stable Diffusion's single file, or diffusers' folder.

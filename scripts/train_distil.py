@@ -1,6 +1,6 @@
 """Teach a student to paint in few steps what its teacher paints in many; the same command again goes on.
 
-python scripts/train_distil.py configs/distil.yaml --data.shards 'data/mine/{00000..00003}.tar' --run runs/student
+python scripts/train_distil.py configs/tune/distil.yaml --data.shards 'data/mine/{00000..00003}.tar' --run runs/student
 python scripts/txt2img.py --model runs/student/model.safetensors --prompt "a red car"
 
 The teacher is the embedded model, or --weights PATH; with --lora.rank 16 adapters learn it in place of the whole UNet.

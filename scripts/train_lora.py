@@ -1,6 +1,6 @@
 """Train a LoRA or DoRA on a model of any layout; running the same command again goes on where it stopped.
 
-python scripts/train_lora.py configs/lora.yaml --data.shards 'data/mine/{00000..00003}.tar' --run runs/lora
+python scripts/train_lora.py configs/tune/lora.yaml --data.shards 'data/mine/{00000..00003}.tar' --run runs/lora
 python scripts/txt2img.py --prompt "a red car" --lora runs/lora/model.safetensors:0.8
 
 The model is the embedded one, or --weights PATH: ours, Stable Diffusion's single file, or diffusers' folder.

@@ -1,4 +1,4 @@
-"""The README's Python runs as it stands, and what it names is there."""
+"""The README's Python runs as it stands, and what the documents and the scripts name is there."""
 
 import re
 from pathlib import Path
@@ -23,6 +23,13 @@ def test_the_python_runs_from_top_to_bottom(tiny_model: Path, tmp_path: Path, mo
     assert torch.isfinite(names["loss"]) and names["loss"] > 0
 
 
-@pytest.mark.parametrize("name", sorted(set(re.findall(r"(?<![\w/])(?:scripts|configs|ldm|tests)/[\w./]*\w", README))))
-def test_what_the_readme_names_is_there(name: str) -> None:
-    assert (ROOT / name).exists()
+SAYING = [
+    ROOT / "README.md",
+    *(path for at in ("docs", "scripts", "configs") for path in sorted((ROOT / at).rglob("*.*"))),
+]
+
+
+@pytest.mark.parametrize("path", [path for path in SAYING if path.suffix in (".md", ".py", ".yaml", ".sh")], ids=str)
+def test_what_is_named_is_there(path: Path) -> None:
+    names = set(re.findall(r"(?<![\w/])(?:scripts|configs|ldm|tests)/[\w./]*\w", path.read_text(encoding="utf-8")))
+    assert not [name for name in sorted(names) if not (ROOT / name).exists()]
