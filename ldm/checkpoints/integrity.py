@@ -42,10 +42,14 @@ def read_header(path: Path) -> Header:
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
             length = int.from_bytes(file.read(8), "little")
-            if size < 8 or not 2 <= length <= size - 8:
-                raise ValueError(f"{size} bytes hold no header of {length} bytes")
-            if length > MAX_HEADER:
-                raise ValueError(f"its header has {length} bytes, more than the {MAX_HEADER} of any model")
+            if not size:
+                raise ValueError("it is empty")
+            if size < 8 or not 2 <= length <= MAX_HEADER:
+                raise ValueError("it does not begin as one, so it is something else, or damaged")
+            if length > size - 8:
+                raise ValueError(
+                    f"it is cut short, {size} bytes do not even hold its header of {length}: copy it again"
+                )
             raw = file.read(length)
     except OSError as error:
         raise UserError(f"cannot read {str(path)!r}: {error.strerror}") from None
