@@ -31,6 +31,10 @@ class OptimConfig:
     clip: float = 1.0
     accumulate: int = 1
 
+    def __post_init__(self) -> None:
+        if self.accumulate < 1:
+            raise ValueError(f"accumulate is {self.accumulate}: give at least 1")
+
 
 @dataclass(frozen=True)
 class EmaConfig:
@@ -82,6 +86,11 @@ class RunConfig:
     timeout: int = 600
     trackers: tuple[str, ...] = ("tensorboard",)
     ema: EmaConfig = EmaConfig()
+
+    def __post_init__(self) -> None:
+        for name, least in (("steps", 0), ("batch_size", 1), ("log_every", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} is {getattr(self, name)}: give at least {least}")
 
 
 @dataclass(frozen=True)

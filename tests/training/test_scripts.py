@@ -43,6 +43,9 @@ def here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
     [
         (["--optim.lrr", "1"], "unknown field 'optim.lrr' (did you mean 'lr'?)"),
         (["--run.precision", "fp17"], "run.precision is 'fp17'"),
+        (["--run.batch_size", "0"], "run: batch_size is 0: give at least 1"),
+        (["--run.steps", "-1"], "run: steps is -1: give at least 0"),
+        (["--optim.accumulate", "0"], "optim: accumulate is 0: give at least 1"),
         (["--data.shards", "nowhere/{0..3}.tar"], "nowhere/0.tar"),
         ([], "no shards match"),
     ],
