@@ -121,7 +121,9 @@ def expand(pattern: str) -> list[Place]:
             files = _in_folder(name) if _is_folder(name) else [name]
             paths += [file if "://" in file else Path(file) for file in files]
     if not paths:
-        raise UserError(f"no shards match {pattern!r}: give a range such as 'data/{{00000..00019}}.tar'")
+        raise UserError(
+            f"no shards match {pattern!r}: give a range such as 'data/{{00000..00019}}.tar', of scripts/prepare_data.py"
+        )
     return paths
 
 

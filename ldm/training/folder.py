@@ -85,7 +85,8 @@ def check_same(settings: Any, before: dict[str, Any], path: Path) -> None:
     old, new = _flat(before), _flat(config.to_dict(settings))
     differing = sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name) and not _free(name))
     if differing:
-        changes = ", ".join(f"{name} (was {old.get(name)!r}, now {new.get(name)!r})" for name in differing)
+        changes = ", ".join(f"{name} (was {old.get(name)!r}, now {new.get(name)!r})" for name in differing[:5])
+        changes += f" and {len(differing) - 5} more" if len(differing) > 5 else ""
         raise UserError(f"the run in {str(path)!r} was started otherwise: {changes}. Undo this, or take another --run")
 
 
