@@ -11,7 +11,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from ldm.errors import Parser, script
+from ldm.errors import Parser, UserError, script
 
 FLAGS = Parser(__doc__)
 FLAGS.add_argument("model", help="a packaged model's name, a file, or a diffusers folder; .ckpt and .bin too")
@@ -32,8 +32,16 @@ def main() -> None:
 
     from ldm import pipeline  # after the flags are read: what follows takes seconds
     from ldm.checkpoints import pickled
+    from ldm.checkpoints.integrity import read_header
     from ldm.families.convert import convert
 
+    if args.out.is_file():
+        try:
+            read_header(args.out)
+        except UserError:
+            raise UserError(
+                f"{str(args.out)!r} is there and no model, and is left as it is: give another name"
+            ) from None
     if args.to == "tensors":
         pickled.to_safetensors(Path(args.model), args.out)
         print(args.out)

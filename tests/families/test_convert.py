@@ -60,12 +60,14 @@ def test_complaints_are_one_line(
         (folders["sd1"], tmp_path / "out", "--to", "onnx"),
         (folders["sd1"], tmp_path / "out", "--to", "compvis", "--dtype", "int8"),
         (folders["sd1"], tmp_path / "vae", "--to", "diffusers"),
+        (folders["sd1"], tmp_path / "text", "--to", "ldm"),
     ):
         with pytest.raises(SystemExit) as caught:
             run(monkeypatch, *arguments)
         assert caught.value.code == 2
         assert len(capsys.readouterr().err.strip().splitlines()) == 1
     assert {path.name for path in tmp_path.iterdir()} == {"vae", "text"}  # nothing half-made stays
+    assert (tmp_path / "text").read_text() == "hello"
 
 
 def test_ckpt(folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
