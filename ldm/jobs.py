@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import re
 import typing
 from collections.abc import Sequence
@@ -12,7 +13,8 @@ from typing import Any
 
 from ldm import config, recipe
 from ldm.errors import UserError
-from ldm.request import Request
+from ldm.recipe import Recipe
+from ldm.request import Request, Run
 
 NAME = re.compile(r"[\w][\w.-]{0,99}")
 
@@ -24,15 +26,31 @@ class Job:
     name: str
     request: Request
 
-    def done(self, out: Path) -> bool:
-        """Whether its picture is in the folder. UserError where something else has its name."""
+    def done(self, out: Path, how: Recipe) -> bool:
+        """Whether its picture, which is made so, is in the folder. UserError where something else has its name."""
         path = out / f"{self.name}.png"
         if not path.exists():
             return False
         found = recipe.read(path)
-        if found.request != self.request or found.made.unfinished or found.made.program:
-            raise UserError(f"{str(path)!r} is there, of other settings: give another --out, or take it away")
+        ours, theirs = how.made, found.made
+        same = (how.request, ours.model_hash, ours.vae) == (found.request, theirs.model_hash, theirs.vae)
+        if not same or ours.inputs != theirs.inputs or theirs.unfinished or theirs.program:
+            raise UserError(f"{str(path)!r} is there, of other settings or inputs: give another --out, or take it away")
         return True
+
+
+def share(run: Run, *, seeded: bool) -> tuple[int, int]:
+    """This process' number, and how many share the run's pictures, as launchers say in RANK and WORLD_SIZE.
+
+    UserError where several would have to agree on what is not said: seeds, names, a sheet of all.
+    """
+    said = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
+    if not all(re.fullmatch(r"\d{1,9}", text) for text in said) or not int(said[0]) < int(said[1]):
+        raise UserError(f"RANK {said[0]!r} of WORLD_SIZE {said[1]!r} in the environment is no process of several")
+    if int(said[1]) > 1 and (run.grid or not (run.jobs or (run.prompts_file and seeded))):
+        what = "--jobs, or of --prompts-file with --seed, and make no --grid"
+        raise UserError(f"{said[1]} processes (WORLD_SIZE in the environment) share the pictures of {what}")
+    return int(said[0]), int(said[1])
 
 
 def read_jobs(path: Path, base: Request) -> list[Job]:

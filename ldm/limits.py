@@ -3,9 +3,12 @@
 import math
 from dataclasses import dataclass, fields, replace
 
+import torch
+
 from ldm.checkpoints.native import ModelSpec
 from ldm.diffusion.samplers import find_sampler
 from ldm.diffusion.schedules import Schedule
+from ldm.diffusion.spacings import TRAIN_STEPS
 from ldm.errors import UserError
 from ldm.request import Request
 from ldm.restore import parse
@@ -13,16 +16,34 @@ from ldm.shapes import Sigmas
 from ldm.text.reader import Reader
 
 MAX_SIDE, MAX_STEPS, MAX_SEED = 8192, 1000, 2**63 - 1
+REFINER_START = 0.8  # SDXL's makers'
 
 
 @dataclass
 class Limits:
-    """multiple: of which width and height must be."""
+    """multiple: of which width and height must be; refined: whether a second model takes over (see `joined`)."""
 
     spec: ModelSpec
     schedule: Schedule
     reader: Reader
     multiple: int
+    refined: bool = False
+
+    def joined(self, refiner: "Limits") -> "Limits":
+        """Of this model with another that goes on with its latents. UserError where that one cannot."""
+
+        def latents(spec: ModelSpec) -> str:
+            a = spec.autoencoder
+            mean, std = (", ".join(f"{x:.4g}" for x in values) for values in (a.mean, a.std))
+            return f"latents of {a.z_channels} channels, {a.factor} pixels a cell, mean {mean}, deviation {std}"
+
+        ours, theirs = latents(self.spec), latents(refiner.spec)
+        if ours != theirs:
+            raise UserError(f"the refiner reads {theirs}; the model makes {ours}: give one of the same")
+        assert refiner.spec.backbone
+        if refiner.spec.backbone.in_channels > refiner.spec.backbone.out_channels:
+            raise UserError("the refiner is an inpainting model, which would have to be shown a mask: give another")
+        return replace(self, multiple=math.lcm(self.multiple, refiner.multiple), refined=True)
 
     def complete(self, request: Request) -> Request:
         """Fill in the model's defaults. UserError, with the value and a remedy, for what the model cannot paint."""
@@ -30,6 +51,7 @@ class Limits:
         size = {"width": spec.image_size, "height": spec.image_size}
         defaults = size | {f.name: getattr(spec.defaults, f.name) for f in fields(spec.defaults)}
         defaults |= {"sampler": "ddim"} if request.invert else {}
+        defaults |= {"refiner_start": REFINER_START} if self.refined else {}
         r = replace(request, **{name: value for name, value in defaults.items() if getattr(request, name) is None})
         assert r.steps is not None and r.cfg_scale is not None and r.width is not None and r.height is not None
         if not r.prompt.strip():
@@ -92,8 +114,27 @@ class Limits:
                 raise UserError("--upscale is of pictures from text: scale --init-image by --width and --height")
             _between("the larger side", round(max(r.width, r.height) * r.upscale), self.multiple, MAX_SIDE)
             self.levels(self.larger(r))
+        if r.refiner_start is not None:
+            self._refiner(r)
         if r.tile and (r.tile % self.multiple or r.tile < 2 * self.multiple):
             raise UserError(f"tile is {r.tile}: give a multiple of {self.multiple}, and twice that or more")
+
+    def handover(self, r: Request) -> float:
+        """The noise level below which the second model works: as diffusers counts, by the training's steps."""
+        assert r.refiner_start is not None
+        step = torch.tensor(round(TRAIN_STEPS - TRAIN_STEPS * r.refiner_start), dtype=torch.float64)
+        return float(self.schedule.at(step)) * (1 - 1e-6)  # levels are fp32 where they are compared
+
+    def _refiner(self, r: Request) -> None:
+        if not self.refined:
+            raise UserError(f"refiner start is {r.refiner_start:g}: give the model that then takes over as --refiner")
+        if not 0 < (r.refiner_start or 0) < 1:
+            raise UserError(f"refiner start is {r.refiner_start:g}: choose between 0 and 1, such as {REFINER_START:g}")
+        if r.invert:
+            raise UserError("an inversion goes back by one model: leave --refiner out")
+        if float(self.levels(r)[-2]) > self.handover(r):
+            what = f"refiner start {r.refiner_start:g} leaves none of {r.steps} steps to the refiner"
+            raise UserError(f"{what}: give more steps, or an earlier start")
 
 
 def _between(what: str, value: int, least: int, most: int) -> None:

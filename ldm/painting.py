@@ -1,13 +1,16 @@
 """A whole run, from what a command says to pictures in files: watched, stopped and begun again."""
 
+import math
+import os
 import secrets
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
@@ -16,19 +19,23 @@ from ldm.canvas import Canvas, read_canvas
 from ldm.errors import UserError
 from ldm.families.vae import load_vae
 from ldm.files import replacing
-from ldm.jobs import Job, read_jobs
+from ldm.jobs import Job, read_jobs, share
 from ldm.pipeline import Batch, Pipeline, batches, settings
 from ldm.preview import Preview, projection
 from ldm.recipe import Recipe
-from ldm.request import Run
+from ldm.request import Request, Run
 from ldm.restore import enlarged, parse
 from ldm.shapes import Latent
+from ldm.start import encode
 
 Watch = Callable[[int, Latent], None]  # the number of a step, from 1, and the picture that it steers by
 
 
 def run(run: Run, given: dict[str, Any]) -> Iterator[Path]:
     """Paint what is asked for, given: the fields of a Request that are said. The files, each as it is written."""
+    number, count = share(run, seeded="seed" in given)
+    if count > 1 and torch.cuda.is_available():  # "cuda" then is this one, and recipes say the same in every process
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", number)) % torch.cuda.device_count())
     old = recipe.read(run.from_image) if run.from_image else recipe.fresh(0 if run.jobs else secrets.randbelow(2**32))
     base, console = replace(old.request, **given), Console(stderr=True)
     first = run.mask, run.expand, (given.get("width"), given.get("height"))
@@ -36,8 +43,56 @@ def run(run: Run, given: dict[str, Any]) -> Iterator[Path]:
     if canvas and base.restore:
         canvas = enlarged(canvas, parse(base.restore))
     jobs = read_jobs(run.jobs, base if canvas is None else canvas.request(base)) if run.jobs else []
+    painter, told = _painter(run, old)
+    if jobs:
+        jobs = [replace(job, request=painter.complete(job.request)) for job in jobs]
+        requests = [job.request for job in jobs]
+    else:
+        prompts = run.prompt or (recipe.read_prompts(run.prompts_file) if run.prompts_file else [old.request.prompt])
+        requests = painter.requests(base, prompts, run.n, canvas)
+        if run.prompts_file and "seed" in given:  # all is said, so it can go on
+            jobs = [Job(f"{i:05d}", request) for i, request in enumerate(requests)]
+    if canvas and base.invert:
+        told.append(round_trip(painter, requests[0], canvas))
+    out = images.folder(run.out)
+    told += painter.notes(requests)
+    work = [Work(batch) for batch in batches(requests, run.batch_size, old.made)]
+    if jobs:
+        mine = alike(jobs, run.batch_size)[number::count]
+        work = missing(painter, mine, out, canvas)
+        told = told if number == 0 else []
+        left = sum(name is not None for batch in work for name in batch.names)
+        if count > 1 or left != len(jobs):
+            whole = f"{left} of {sum(len(batch.requests) for _, batch in mine)} pictures are not there yet"
+            told.append(f"process {number + 1} of {count}: {whole}")
+    sys.stderr.write("".join(f"{line}\n" for line in told))
+    preview = _preview(run, painter, console) if number == 0 else None
+    columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=number > 0 or not sys.stderr.isatty()) as bar:
+        task = bar.add_task("", total=sum(painter.steps(w.batch.requests[0]) for w in work))
+
+        def watch(step: int, x0: Latent) -> None:
+            bar.advance(task)
+            if preview:
+                preview(step, x0)
+
+        written = []
+        for path in paint_into(painter, work, out, canvas, watch):
+            written.append(path)
+            yield path
+    if run.grid:
+        paths = [out / f"{job.name}.png" for job in jobs] or written
+        pixels = [images.to_pixels(images.to_image(images.read_picture(path))) for path in paths]
+        sheet = images.sheet(pixels, run.n if len(requests) > run.n else 0)
+        yield images.save_next(images.png(sheet), out, "grid-", 4)
+
+
+def _painter(run: Run, old: Recipe) -> tuple[Pipeline, list[str]]:
+    """The model, and all that is put into it; what there is to tell of that."""
     device, precision = run.device or old.made.device, run.precision or old.made.precision
     painter = pipeline.load(run.model or pipeline.EMBEDDED, device, precision, run.vae, offload=run.offload)
+    if run.refiner:
+        painter.refine(pipeline.load(run.refiner, device, precision, offload=run.offload))
     if run.attention != "auto" or run.compile:
         painter.prepare(run.attention, run.compile)
     painter.embed(run.embedding)
@@ -48,41 +103,19 @@ def run(run: Run, given: dict[str, Any]) -> Iterator[Path]:
     if run.ip_adapter and run.ip_image and run.image_tower:
         painter.show(run.ip_adapter, run.ip_image, run.image_tower)
     if run.from_image and not run.model:
-        told += painter.check(old.made)
-    if jobs:
-        jobs = [replace(job, request=painter.complete(job.request)) for job in jobs]
-        requests = [job.request for job in jobs]
-    else:
-        prompts = run.prompt or (recipe.read_prompts(run.prompts_file) if run.prompts_file else [old.request.prompt])
-        requests = painter.requests(base, prompts, run.n, canvas)
-    if canvas and base.invert:
-        told.append(painter.round_trip(requests[0], canvas))
-    out = images.folder(run.out)
-    sys.stderr.write("".join(f"{line}\n" for line in [*told, *painter.notes(requests)]))
-    preview = _preview(run, painter, console)
-    columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=not sys.stderr.isatty()) as bar:
-        task = bar.add_task("", total=0)
+        told += painter.made.check(old.made)
+    return painter, told
 
-        def watch(number: int, x0: Latent) -> None:
-            bar.advance(task)
-            if preview:
-                preview(number, x0)
 
-        named = alike(jobs, run.batch_size)
-        work = [batch for _, batch in named] or batches(requests, run.batch_size, old.made)
-        bar.update(task, total=sum(painter.steps(batch.requests[0]) for batch in work))
-        if jobs:
-            yield from paint_jobs(painter, named, out, canvas, watch)
-            return
-        sheets = []
-        for pixels, recipes in paint(painter, work, canvas, watch):
-            sheets.append(pixels)
-            for picture, how in zip(pixels, recipes, strict=True):
-                yield images.save_next(images.png(picture, how.text()), out)
-    if run.grid:
-        columns_wanted = run.n if len(requests) > run.n else 0
-        yield images.save_next(images.png(images.sheet(sheets, columns_wanted)), out, "grid-", 4)
+def round_trip(painter: Pipeline, request: Request, canvas: Canvas) -> str:
+    """How well a picture comes back from the noise that an inversion finds: a line with the PSNR."""
+    source, multiple = replace(request, prompt=request.invert, negative="", cfg_scale=1.0), painter.limits.multiple
+    *_, last = painter.sample([source], canvas)
+    height, width = canvas.image.shape[2:]
+    padded = canvas.padded(*(math.ceil(side / multiple) * multiple for side in (height, width)))
+    known = painter.decode(encode(painter.model, padded.image).mode)
+    error = float((painter.decode(last.x).clamp(-1, 1) - known.clamp(-1, 1)).square().mean())
+    return f"inverted: {request.invert[:40]!r} comes back at {10 * math.log10(4 / max(error, 1e-10)):.1f} dB"
 
 
 def _preview(run: Run, painter: Pipeline, console: Console) -> Preview | None:
@@ -97,25 +130,23 @@ def _preview(run: Run, painter: Pipeline, console: Console) -> Preview | None:
 
 
 def paint(
-    painter: Pipeline, work: Sequence[Batch], canvas: Canvas | None, watch: Watch
+    painter: Pipeline, batch: Batch, canvas: Canvas | None, watch: Watch
 ) -> Iterator[tuple[images.Pixels, list[Recipe]]]:
-    """The pictures of each batch and their recipes. Stopped by Ctrl-C it gives the batch's state, marked as such."""
-    for batch in work:
-        recipes, number, step = painter.recipes(batch, canvas), 0, None
-        try:
-            for number, step in enumerate(painter.sample(batch.requests, canvas), 1):
-                watch(number, step.x0)
-            assert step is not None
-            latents = step.x
-        except KeyboardInterrupt:
-            if step is None:
-                raise
-            whole = painter.steps(batch.requests[0])
-            state = f"{number} of {whole} steps"
-            marked = [replace(how, made=replace(how.made, unfinished=state)) for how in recipes]
-            yield images.to_pixels(painter.finish(step.x0[batch.rows], canvas)), marked
+    """The pictures of a batch and their recipes. Stopped by Ctrl-C it gives the batch's state, marked as such."""
+    recipes, number, step = painter.recipes(batch, canvas), 0, None
+    try:
+        for number, step in enumerate(painter.sample(batch.requests, canvas), 1):
+            watch(number, step.x0)
+        assert step is not None
+        latents = step.x
+    except KeyboardInterrupt:
+        if step is None:
             raise
-        yield images.to_pixels(painter.finish(latents[batch.rows], canvas)), recipes
+        state = f"{number} of {painter.steps(batch.requests[0])} steps"
+        marked = [replace(how, made=replace(how.made, unfinished=state)) for how in recipes]
+        yield images.to_pixels(painter.finish(step.x0[batch.rows], canvas)), marked
+        raise
+    yield images.to_pixels(painter.finish(latents[batch.rows], canvas)), recipes
 
 
 def alike(jobs: Sequence[Job], size: int) -> list[tuple[list[Job], Batch]]:
@@ -129,26 +160,47 @@ def alike(jobs: Sequence[Job], size: int) -> list[tuple[list[Job], Batch]]:
     return found
 
 
-def paint_jobs(
-    painter: Pipeline, work: Sequence[tuple[list[Job], Batch]], out: Path, canvas: Canvas | None, watch: Watch
-) -> Iterator[Path]:
-    """Paint what is not yet in the folder, jobs being complete, and give the files that are written.
+class Work(NamedTuple):
+    """A batch, and the names of its pictures: None where one is there already; no names for the next free numbers."""
+
+    batch: Batch
+    names: Sequence[str | None] = ()
+
+
+def missing(
+    painter: Pipeline, named: Sequence[tuple[list[Job], Batch]], out: Path, canvas: Canvas | None
+) -> list[Work]:
+    """The batches of jobs, being complete, of which not all is in the folder yet.
 
     A batch is painted whole, whatever of it is done already, so that a run that was stopped and begun again writes the
-    same bytes. UserError where a name is taken by another picture.
+    same bytes. All are looked at before any is painted: UserError where a name is taken by another picture.
     """
-    missing = [
-        [job for job in jobs if not job.done(out)] for jobs, _ in work
-    ]  # all are looked at before any is painted
-    for (jobs, batch), wanted in zip(work, missing, strict=True):
-        for pixels, recipes in paint(painter, [batch] if wanted else [], canvas, watch):
-            for job, picture, how in zip(jobs, pixels, recipes, strict=True):
-                if job not in wanted or how.made.unfinished:
-                    continue
-                path = out / f"{job.name}.png"
-                try:
-                    with replacing(path, replace=False) as temporary:
-                        temporary.write_bytes(images.png(picture, how.text()))
-                except OSError as error:
-                    raise UserError(f"cannot write {str(path)!r}: {error.strerror}") from None
-                yield path
+    looked = [
+        Work(batch, [None if job.done(out, how) else job.name for job, how in zip(jobs, recipes, strict=True)])
+        for jobs, batch in named
+        if (recipes := painter.recipes(batch, canvas))
+    ]
+    return [work for work in looked if any(work.names)]
+
+
+def paint_into(
+    painter: Pipeline, work: Sequence[Work], out: Path, canvas: Canvas | None, watch: Watch
+) -> Iterator[Path]:
+    """Paint, and give the files that are written. What was stopped takes no job's name."""
+    for batch, names in work:
+        for pixels, recipes in paint(painter, batch, canvas, watch):
+            for picture, how, name in zip(pixels, recipes, names or [""] * len(recipes), strict=True):
+                data = images.png(picture, how.text())
+                if name == "":
+                    yield images.save_next(data, out)
+                elif name is not None and not how.made.unfinished:
+                    yield _save(data, out / f"{name}.png")
+
+
+def _save(data: bytes, path: Path) -> Path:
+    try:
+        with replacing(path, replace=False) as temporary:
+            temporary.write_bytes(data)
+    except OSError as error:
+        raise UserError(f"cannot write {str(path)!r}: {error.strerror}") from None
+    return path

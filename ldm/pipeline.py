@@ -5,7 +5,6 @@ image = pipeline.txt2img(Request("a red apple", seed=1))  # (1, 3, h, w) in [-1,
 """
 
 import copy
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,12 +12,13 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from ldm.canvas import Canvas
 from ldm.checkpoints import lora, native
 from ldm.checkpoints.files import open_safetensors
 from ldm.diffusion.editing import consistent, invert, windows
-from ldm.diffusion.guidance import Denoise
+from ldm.diffusion.guidance import Conditional, Denoise, interval
 from ldm.diffusion.noise import SeededNoise
 from ldm.diffusion.samplers import Step, find_sampler
 from ldm.errors import UserError, nearest
@@ -30,8 +30,8 @@ from ldm.models.speed import native_bf16, prepare
 from ldm.recipe import Made, Recipe, Request, versions
 from ldm.restore import Damage
 from ldm.restore import parse as parse_damage
-from ldm.shapes import Image, Latent
-from ldm.start import begin, decode, encode
+from ldm.shapes import Image, Latent, Sigma, Sigmas
+from ldm.start import begin, decode
 from ldm.steering import Control, controlled, parse, read_controls, read_picture_prompt
 from ldm.text import inversion
 from ldm.text.reader import Reader
@@ -124,21 +124,23 @@ class Pipeline:
         self.conditioner = model.conditioner
         self.reader = Reader(model.conditioner)
         self.controls: list[Control] = []
+        self.refiner: Pipeline | None = None
         self.offload = False
-        self.multiple = model.autoencoder.factor * model.backbone.config.factor
-        self.limits = Limits(model.spec, self.denoiser.schedule, self.reader, self.multiple)
+        multiple = model.autoencoder.factor * model.backbone.config.factor
+        self.limits = Limits(model.spec, self.denoiser.schedule, self.reader, multiple)
 
     @property
     def made(self) -> Made:
         """By what its pictures are made. The first to ask may wait until the digest of the model's file is known."""
         if self._digested is not None:
             self._made, self._digested = replace(self._made, model_hash=self._digested()), None
-        return self._made
+        refined = {} if self.refiner is None else {f"refiner {self.refiner.made.model}": self.refiner.made.model_hash}
+        return replace(self._made, inputs=self._made.inputs | refined)
 
     def prepare(self, attention: str = "auto", compiled: bool = False) -> None:
         """Lay its networks out for speed: see `ldm.models.speed`. UserError for what cannot be here."""
-        for network in (self.model.backbone, self.model.autoencoder):
-            if network is not None:
+        for name, network in self._networks.items():
+            if not name.endswith("text"):
                 prepare(network, attention, compiled)
 
     def complete(self, request: Request) -> Request:
@@ -199,28 +201,37 @@ class Pipeline:
         if canvas is not None and canvas.image.shape[2:] != (r.height, r.width):
             raise UserError(f"size {r.width}x{r.height} is not that of the picture to start from: leave it out")
         self.place("autoencoder")
-        start = begin(self.model, requests, noise, float(sigmas[0]), canvas)
+        start = begin(self.model, requests, noise, float(sigmas[0]), multiple=self.limits.multiple, canvas=canvas)
         denoiser = controlled(self.denoiser, self.controls, sigmas, (r.height, r.width))
-        if r.tile:
-            if self.controls:
-                raise UserError("--tile does not go with a control: its hint is of the whole picture")
-            denoiser = windows(denoiser, r.tile // self.model.autoencoder.factor)
-        self.place("text")
-        denoise, x = start.hold(self.reader.guide(denoiser, requests, sigmas, start.concat)), start.x
+        if r.tile and self.controls:
+            raise UserError("--tile does not go with a control: its hint is of the whole picture")
+        x, denoise = start.x, self._guided("", denoiser, requests, sigmas, start.concat)
         if r.invert:
             before = [replace(o, prompt=r.invert, negative="", cfg_scale=1.0) for o in requests]
-            source = self.reader.guide(denoiser, before, sigmas, start.concat)
-            self.place("backbone")
-            x = invert(source, x, sigmas)
+            x = invert(self._guided("", denoiser, before, sigmas, start.concat), x, sigmas)
+        if self.refiner is not None:
+            last = self._guided("refiner ", self.refiner.denoiser, requests, sigmas)
+            denoise = interval(last, denoise, 0.0, self.limits.handover(r))
+        denoise = start.hold(denoise)
         if r.restore and canvas is not None:
             denoise = self._restored(denoise, parse_damage(r.restore), canvas)
-        steps = find_sampler(r.sampler)(denoise, x, sigmas, noise)
-        while True:
-            self.place("backbone")  # again after each step, as a preview may have moved it away
-            step = next(steps, None)
-            if step is None:
-                return
-            yield step
+        yield from find_sampler(r.sampler)(denoise, x, sigmas, noise)
+
+    def _guided(
+        self, of: str, denoiser: Conditional, requests: Sequence[Request], sigmas: Sigmas, concat: Latent | None = None
+    ) -> Denoise:
+        """A denoiser bound to requests by its own model's text side; of: "" for this model, "refiner "."""
+        tile = requests[0].tile
+        denoiser = windows(denoiser, tile // self.model.autoencoder.factor) if tile else denoiser
+        self.place(f"{of}text")
+        reader = self.refiner.reader if of and self.refiner is not None else self.reader
+        guided = reader.guide(denoiser, requests, sigmas, concat)
+
+        def denoise(x: Latent, sigma: Sigma) -> Latent:
+            self.place(f"{of}backbone")  # at each step again, as a preview may have moved it away
+            return guided(x, sigma)
+
+        return denoise
 
     def _restored(self, denoise: Denoise, damage: Damage, canvas: Canvas) -> Denoise:
         """The denoiser, held to what was measured of the picture."""
@@ -229,24 +240,20 @@ class Pipeline:
         measured = damage.measured(canvas.image).to(self._made.device)
 
         def measure(z: Latent) -> Image:
+            self.place("autoencoder")
             return damage.apply(self.model.autoencoder.decode(z.to(weight.dtype)).float()[:, :, :height, :width])
 
         return consistent(denoise, measure, measured)
 
-    def round_trip(self, request: Request, canvas: Canvas) -> str:
-        """How well a picture comes back from the noise that an inversion finds: a line with the PSNR."""
-        source = replace(request, prompt=request.invert, negative="", cfg_scale=1.0)
-        *_, last = self.sample([source], canvas)
-        height, width = canvas.image.shape[2:]
-        padded = canvas.padded(*(math.ceil(side / self.multiple) * self.multiple for side in (height, width)))
-        known = self.decode(encode(self.model, padded.image).mode)
-        error = float((self.decode(last.x).clamp(-1, 1) - known.clamp(-1, 1)).square().mean())
-        return f"inverted: {request.invert[:40]!r} comes back at {10 * math.log10(4 / max(error, 1e-10)):.1f} dB"
+    @property
+    def _networks(self) -> dict[str, nn.Module]:
+        second = {} if self.refiner is None else self.refiner.model.modules
+        return self.model.modules | {f"refiner {name}": n for name, n in second.items() if name != "autoencoder"}
 
     def place(self, name: str) -> None:
         """Where memory is short, move a network to the device and the others off it: see `load`."""
         if self.offload:
-            for other, network in sorted(self.model.modules.items(), key=lambda item: item[0] == name):
+            for other, network in sorted(self._networks.items(), key=lambda item: item[0] == name):
                 network.to(self._made.device if other == name else "cpu")
 
     @torch.no_grad()
@@ -307,6 +314,14 @@ class Pipeline:
         for c in controls:
             self._put_in("control", c.path, f":{c.weight:g}:{c.start:g}-{c.end:g}:{c.hint}")
 
+    def refine(self, refiner: "Pipeline") -> None:
+        """Let another model take over where little noise is left (Balaji et al. 2022; SDXL, Podell et al. 2023).
+
+        UserError where its latents are not this one's. It decodes nothing: its own autoencoder is let go.
+        """
+        self.limits = self.limits.joined(refiner.limits)
+        self.refiner, refiner.model.autoencoder = refiner, self.model.autoencoder
+
     def show(self, spec: str, picture: Path, tower: Path) -> None:
         """Let every picture from now on resemble this one, by an IP-Adapter: see `read_picture_prompt`."""
         self.reader.show = read_picture_prompt(self.model, spec, picture, tower).show
@@ -316,30 +331,12 @@ class Pipeline:
     def _put_in(self, kind: str, path: Path, how: str = "") -> None:
         self._made = replace(self._made, inputs=self._made.inputs | {f"{kind} {path.stem}{how}": digest(path)})
 
-    def check(self, made: Made) -> list[str]:
-        """UserError where a picture was made with another model than this; a note where another program made it."""
-        if made.program:
-            return [
-                f"the picture is {made.program}'s, of the model {made.model or 'unknown'!r}: it will be another one"
-            ]
-        if made.model_hash != self.made.model_hash:
-            theirs, ours = (f"{m.model!r} ({m.model_hash[:10]})" for m in (made, self.made))
-            raise UserError(f"the picture was made with the model {theirs}, not {ours}: give that file as --model")
-        if missing := sorted(
-            set(made.inputs.items()) - set(self.made.inputs.items()) - {("canvas", made.inputs.get("canvas", ""))}
-        ):
-            raise UserError(f"the picture was made with the {missing[0][0]} ({missing[0][1][:10]}): give that file too")
-        if made.vae != self.made.vae:
-            raise UserError(
-                f"the picture was decoded by the autoencoder {made.vae or 'of the model'!r}: give that as --vae"
-            )
-        return []
-
     def notes(self, requests: Sequence[Request]) -> list[str]:
         """What a person wants to know before it starts: one line for the run, one for each prompt that is too long."""
         r, made, n = requests[0], self._made, len(requests)
         what = "1 picture, seed" if n == 1 else f"{n} pictures, seeds {r.seed} to"
         how = f"{r.width}x{r.height}, {r.sampler}, {r.schedule}, {r.steps} steps, cfg {r.cfg_scale:g}"
         by = f"{made.model} on {made.device} in {made.precision}"
+        by += f", from {r.refiner_start:g} on {self.refiner._made.model}" if self.refiner is not None else ""
         lines = [f"{what} {requests[-1].seed}: {how}; model {by}"]
         return lines + self.reader.notes(requests)

@@ -46,6 +46,24 @@ class Made:
         if not 0 <= self.row < self.batch <= MAX_BATCH:
             raise ValueError(f"row {self.row} of a batch of {self.batch} is not a place in at most {MAX_BATCH}")
 
+    def check(self, made: "Made") -> list[str]:
+        """UserError where a picture was made by other means than these; a note where another program made it."""
+        if made.program:
+            return [
+                f"the picture is {made.program}'s, of the model {made.model or 'unknown'!r}: it will be another one"
+            ]
+        if made.model_hash != self.model_hash:
+            theirs, ours = (f"{m.model!r} ({m.model_hash[:10]})" for m in (made, self))
+            raise UserError(f"the picture was made with the model {theirs}, not {ours}: give that file as --model")
+        canvas = {("canvas", made.inputs.get("canvas", ""))}
+        if missing := sorted(set(made.inputs.items()) - set(self.inputs.items()) - canvas):
+            raise UserError(f"the picture was made with the {missing[0][0]} ({missing[0][1][:10]}): give that file too")
+        if made.vae != self.vae:
+            raise UserError(
+                f"the picture was decoded by the autoencoder {made.vae or 'of the model'!r}: give that as --vae"
+            )
+        return []
+
 
 def versions() -> dict[str, str]:
     """Versions of what computes."""
@@ -85,6 +103,10 @@ class Recipe:
         fields |= {"Denoising strength": f"{r.strength:g}"} if r.strength is not None else {}
         if r.upscale > 1:
             fields |= {"Denoising strength": f"{r.upscale_strength:g}", "Hires upscale": f"{r.upscale:g}"}
+        if r.refiner_start is not None:
+            name, found = next((i for i in made.inputs.items() if i[0].startswith("refiner ")), ("", ""))
+            fields |= {"Refiner": f"{name.removeprefix('refiner ')} [{found[:10]}]"}
+            fields |= {"Refiner switch at": f"{r.refiner_start:g}"}
         if r.variation:
             fields |= {"Variation seed": r.variation_seed, "Variation seed strength": f"{r.variation:g}"}
         fields |= {"Unfinished": made.unfinished} if made.unfinished else {}

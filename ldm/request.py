@@ -42,6 +42,7 @@ class Request:
     upscale: float = _told("paint again at so many times the size", 1.0)
     upscale_strength: float = _told("how much to change at the larger size, above 0 to 1 (0.4)", 0.4)
     tile: int = _told("paint in windows of so many pixels that overlap, for sizes that the model does not know", 0)
+    refiner_start: float | None = _told("share of the way from noise after which --refiner takes over (0.8)")
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class Run:
     """What a command says beside the request: which pictures, with what, and where they go."""
 
     prompt: tuple[str, ...] = _told("what to paint; several paint several", (), group=True)
-    prompts_file: Path | None = _told("a text file, one prompt a line", group=True)
+    prompts_file: Path | None = _told("a text file, one prompt a line; with --seed, done ones are left", group=True)
     jobs: Path | None = _told("CSV or JSONL, a picture a row; done ones are left, so the command can go on", group=True)
     from_image: Path | None = _told("paint a picture again, of ours or A1111's or ComfyUI's; flags change its recipe")
     init_image: Path | None = _told("a picture to start from (PNG, JPEG, WebP)")
@@ -57,6 +58,9 @@ class Run:
     expand: str | None = _told("pixels to paint around --init-image: 32, or LEFT,TOP,RIGHT,BOTTOM")
     model: str | None = _told("a packaged model's name, or a path (embedded)")
     vae: str = _told("another autoencoder: a file or folder, TAESD's too (the model's own)", "")
+    refiner: str = _told(
+        "a second model of the same latents, such as SDXL's refiner, that ends what the first began", ""
+    )
     lora: tuple[str, ...] = _told("adapters, each FILE or FILE:0.8", ())
     embedding: tuple[Path, ...] = _told("textual inversions; prompts name them as their files are named", ())
     control: tuple[str, ...] = _told("ControlNets and T2I-Adapters, each FILE, FILE:0.8 or FILE:0.8:0-0.5", ())

@@ -54,14 +54,15 @@ def decode(model: Model, latent: Latent) -> Image:
     return autoencoder.decode(latent)
 
 
-def begin(model: Model, requests: Sequence[Request], noise: SeededNoise, sigma: float, canvas: Canvas | None) -> Start:
+def begin(
+    model: Model, requests: Sequence[Request], noise: SeededNoise, sigma: float, *, multiple: int, canvas: Canvas | None
+) -> Start:
     """The start of a batch of complete requests at level sigma; draws noise in the order of diffusers' pipelines.
 
-    To invert, the start is the picture's latent itself, without noise.
+    multiple: of which the padded sides are. To invert, the start is the picture's latent itself, without noise.
     """
     r, backbone, autoencoder = requests[0], model.backbone, model.autoencoder
     assert backbone and r.height and r.width
-    multiple = autoencoder.factor * backbone.config.factor
     height, width = (math.ceil(side / multiple) * multiple for side in (r.height, r.width))
     cells = (height // autoencoder.factor, width // autoencoder.factor)
     n, device = len(noise.generators), next(autoencoder.parameters()).device

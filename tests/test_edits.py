@@ -9,6 +9,7 @@ import torch
 from ldm import pipeline, start
 from ldm.canvas import Canvas
 from ldm.errors import UserError
+from ldm.painting import round_trip
 from ldm.pipeline import Pipeline
 from ldm.recipe import Request
 from ldm.restore import DAMAGES, enlarged, parse
@@ -69,7 +70,7 @@ def test_an_inversion_starts_from_the_picture(painter: Pipeline, picture: Canvas
     assert not torch.equal(one, painter.paint(replace(request, invert="a cat"), canvas=picture))
     (complete,) = painter.requests(replace(APPLE, invert="a blue sofa"), ["a"], 1, picture)
     assert complete.sampler == "ddim"
-    assert painter.round_trip(complete, picture).startswith("inverted: 'a blue sofa' comes back at ")
+    assert round_trip(painter, complete, picture).startswith("inverted: 'a blue sofa' comes back at ")
 
 
 @pytest.mark.parametrize("what", ["blur:1.5", "small:2", "grey"])

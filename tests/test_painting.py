@@ -2,6 +2,9 @@
 
 import importlib.util
 import json
+import os
+import signal
+import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -120,6 +123,109 @@ def test_jobs_go_on_with_the_same_bytes(command: Command, tmp_path: Path) -> Non
     rows(jobs, {"prompt": "another", "name": "cat"})
     command(*flags, code=2)
     assert "cat.png' is there, of other settings" in command.said
+
+
+def test_prompts_with_a_seed_go_on_too(command: Command, tmp_path: Path) -> None:
+    """Without a seed they are new pictures under the next free numbers; with one, each number's picture is decided."""
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a cat\na dog\n")
+    flags = ["--prompts-file", prompts, "--n", 2, "--batch-size", 3, "--seed", 40]
+    first = command(*flags, "--grid")
+    assert [path.name for path in first] == [*(f"{i:05d}.png" for i in range(4)), "grid-0000.png"]
+    assert [recipe.read(path).request.seed for path in first[:4]] == [40, 41, 42, 43]
+    bytes_of = {path: path.read_bytes() for path in first}
+    first[1].unlink()
+    again = command(*flags, "--grid")
+    assert [path.name for path in again] == ["00001.png", "grid-0001.png"]
+    assert "process 1 of 1: 1 of 4 pictures are not there yet" in command.said
+    assert {path: path.read_bytes() for path in first} == bytes_of
+    assert again[1].read_bytes() == bytes_of[first[4]], "the sheet shows those that were there too"
+    assert [path.name for path in command(*flags[:2])] == ["00004.png", "00005.png"]
+    for changed in (["--seed", 41], ["--seed", 40, "--vae", command.model]):
+        command(*flags[:-2], *changed, code=2)
+        assert "00000.png' is there, of other settings or inputs" in command.said
+
+
+def launched(command: Command, rank: int, *flags: object, code: int = 0) -> list[Path]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RANK", str(rank))
+        patch.setenv("WORLD_SIZE", "2")
+        return command(*flags, code=code)
+
+
+DIES = """
+import os, runpy, signal, sys
+link, written = os.link, []
+def dying(*names):
+    link(*names)
+    written.append(names)
+    if len(written) == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+os.link = dying
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_two_processes_share_the_pictures(command: Command, tmp_path: Path) -> None:
+    """One of them is killed while it writes; begun again, also as one process, all are those of one process."""
+    prompts, shared = tmp_path / "prompts.txt", tmp_path / "shared"
+    prompts.write_text("a cat\na dog\na cow\n")
+    flags = ["--prompts-file", prompts, "--n", 3, "--batch-size", 2, "--seed", 7, "--precision", "fp32"]
+    alone = {path.name: path.read_bytes() for path in command(*flags)}
+    assert len(alone) == 9
+    command.out = shared
+    arguments = [str(ROOT / "scripts/txt2img.py"), "--model", str(command.model), "--out", str(shared), *flags]
+    begun = [
+        subprocess.Popen(
+            [sys.executable, "-c", DIES, *map(str, arguments)],
+            env=os.environ | {"RANK": str(rank), "WORLD_SIZE": "2", "OMP_NUM_THREADS": str(torch.get_num_threads())},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in (0, 1)
+    ]
+    said = [process.communicate(timeout=120) for process in begun]
+    assert [process.returncode for process in begun] == [-signal.SIGKILL] * 2, said
+    there = {path.name: path.read_bytes() for path in shared.glob("*.png")}
+    assert sorted(there) == [f"{i:05d}.png" for i in (0, 1, 2, 3, 4, 6)]
+    assert [path.name for path in launched(command, 1, *flags)] == ["00007.png"]
+    assert "process 2 of 2: 1 of 4 pictures are not there yet" in command.said
+    assert "seeds" not in command.said, "the first process tells what all have in common"
+    assert [path.name for path in launched(command, 0, *flags)] == ["00005.png", "00008.png"]
+    assert "9 pictures, seeds 7 to 15" in command.said
+    assert {path.name: path.read_bytes() for path in shared.glob("*.png")} == alone
+    assert command(*flags) == []
+
+
+def test_several_processes_share_what_is_decided(command: Command, tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("a cat\n")
+    jobs = rows(tmp_path / "jobs.jsonl", {"prompt": "a"}, {"prompt": "b"})
+    file = ["--prompts-file", tmp_path / "prompts.txt"]
+    for flags in (["--prompt", "a", "--seed", 1], file, [*file, "--seed", 1, "--grid"]):
+        launched(command, 0, *flags, code=2)
+        assert "2 processes (WORLD_SIZE in the environment) share the pictures of --jobs" in command.said
+    launched(command, 2, *file, "--seed", 1, code=2)
+    assert "RANK '2' of WORLD_SIZE '2'" in command.said
+    assert [path.name for path in launched(command, 1, "--jobs", jobs, "--batch-size", 1)] == ["00001.png"]
+    assert launched(command, 1, *file, "--seed", 1) == [], "one batch is not split"
+
+
+def test_each_process_has_a_gpu(command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By its number on its machine; recipes then say `cuda` in all of them."""
+    chosen: list[int] = []
+    for name, value in {"is_available": lambda: True, "device_count": lambda: 2, "set_device": chosen.append}.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    jobs = rows(tmp_path / "jobs.jsonl", {"prompt": "a"})
+    for local in ("0", "1", "2"):
+        monkeypatch.setenv("LOCAL_RANK", local)
+        launched(command, 1, "--jobs", jobs, "--device", "cpu")
+    assert chosen == [0, 1, 0]
+    monkeypatch.delenv("LOCAL_RANK")
+    launched(command, 1, "--jobs", jobs, "--device", "cpu")
+    command("--jobs", jobs, "--device", "cpu")
+    assert chosen == [0, 1, 0, 1]
 
 
 def test_jobs_in_a_table(command: Command, tmp_path: Path) -> None:

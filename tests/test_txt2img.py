@@ -91,6 +91,7 @@ def test_several_prompts_and_a_grid(command: Command) -> None:
 def test_prompts_given_one_by_one_or_in_a_file(command: Command, tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("a\n\nb\n")
     one_by_one = command.run("--prompt", "a", "--prompt", "b", "--seed", 1)
+    command.out = tmp_path / "other"
     from_file = command.run("--prompts-file", tmp_path / "prompts.txt", "--seed", 1)
     assert [digest(p) for p in one_by_one] == [digest(p) for p in from_file]
 

@@ -46,7 +46,7 @@ def test_the_first_steps_do_not_wait_for_the_digest(tiny_model: Path, monkeypatc
     assert not waited
     recipe = painter.recipes(pipeline.Batch([request], slice(1)))[0]
     assert waited == [tiny_model] and recipe.made.model_hash == digest(tiny_model)
-    assert not painter.check(recipe.made) and waited == [tiny_model]
+    assert not painter.made.check(recipe.made) and waited == [tiny_model]
 
 
 def test_a_digest_worked_out_beside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -73,16 +73,20 @@ def assert_same(a: np.ndarray, b: np.ndarray) -> None:
 def named(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The folders with an index that diffusers can open."""
     root = tmp_path_factory.mktemp("named")
-    for name, kind in PIPELINES.items():
+    kinds = PIPELINES | {"sdxl-refiner": "StableDiffusionXLImg2ImgPipeline"}
+    for name, kind in kinds.items():
         shutil.copytree(folders[name], root / name)
         index = json.loads((root / name / "model_index.json").read_text())
         for part, value in index.items():
             if isinstance(value, list):
                 value[0] = "diffusers" if part in ("unet", "vae", "scheduler") else "transformers"
-        empty = ["safety_checker", "feature_extractor"] if name != "sdxl" else ["image_encoder", "feature_extractor"]
+        empty = ["feature_extractor", "image_encoder" if name.startswith("sdxl") else "safety_checker"]
+        if name == "sdxl-refiner":
+            index |= {"requires_aesthetics_score": True, "force_zeros_for_empty_prompt": False}
+            empty += ["text_encoder", "tokenizer"]
         index |= {"_class_name": kind} | {part: [None, None] for part in empty}
         (root / name / "model_index.json").write_text(json.dumps(index))
-    return {name: root / name for name in PIPELINES}
+    return {name: root / name for name in kinds}
 
 
 @pytest.mark.parametrize("spacing", ["leading", "trailing"])
@@ -203,3 +207,31 @@ def test_inpainting_paints_a_whole_picture(folders: dict[str, Path]) -> None:
 
 def test_the_refiner_paints(folders: dict[str, Path]) -> None:
     assert ours(folders["sdxl-refiner"], replace(REQUEST, sampler="ddim", steps=2)).std() > 20
+
+
+@pytest.mark.parametrize(
+    ("sampler", "spacing", "start"),
+    [("ddim", "trailing", 0.8), ("ddim", "leading", 0.749), ("euler", "leading", 0.5)],  # 0.749: a step is just there
+)
+def test_a_refiner_ends_the_picture_as_in_diffusers(
+    named: dict[str, Path], sampler: str, spacing: str, start: float
+) -> None:
+    """Its denoising_end and denoising_start; both models decoded by the first one's autoencoder."""
+    import diffusers
+
+    request = replace(REQUEST, sampler=sampler, schedule=spacing, refiner_start=start)
+    first = diffusers.StableDiffusionXLPipeline.from_pretrained(named["sdxl"])
+    last = diffusers.StableDiffusionXLImg2ImgPipeline.from_pretrained(named["sdxl-refiner"], vae=first.vae)
+    asked = dict(negative_prompt=request.negative, num_inference_steps=request.steps, guidance_scale=request.cfg_scale)
+    for pipe in (first, last):
+        kind = getattr(diffusers, SCHEDULERS[sampler])
+        pipe.scheduler = kind.from_config(pipe.scheduler.config, timestep_spacing=spacing)
+        pipe.set_progress_bar_config(disable=True)
+    size = dict(width=request.width, height=request.height, generator=torch.Generator().manual_seed(request.seed))
+    latents = first(request.prompt, **asked, **size, denoising_end=start, output_type="latent").images
+    expected = np.asarray(last(request.prompt, **asked, image=latents, denoising_start=start).images[0]).astype(int)
+    painter = pipeline.load(str(named["sdxl"]), "cpu", "fp32")
+    alone = to_pixels(painter.txt2img(replace(request, refiner_start=None)))[0].numpy().astype(int)
+    painter.refine(pipeline.load(str(named["sdxl-refiner"]), "cpu", "fp32"))
+    assert_same(to_pixels(painter.txt2img(request))[0].numpy().astype(int), expected)
+    assert (np.abs(alone - expected).max(axis=-1) > 1).mean() > 0.2, "the refiner must be felt"
