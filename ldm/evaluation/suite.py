@@ -83,6 +83,9 @@ class Suite:
         self.plan, self.store = plan, store
         self.rounds = plan.rounds if store.rank == 0 else 0  # the others help to paint, and need no intervals
         self.notes: list[str] = []
+        for weights, metrics in WEIGHTS.items():
+            if metrics & set(plan.metrics):
+                getattr(self, weights)  # now: a file that is missing shall not be missed after an hour of painting
 
     @cached_property
     def painter(self) -> Pipeline:
@@ -368,6 +371,11 @@ METRICS: dict[str, Callable[[Measured], Estimates]] = {
     "judge": _judge,
     "neighbours": _neighbours,
     **{name: _reconstructed(name) for name in OF_AUTOENCODER},
+}
+WEIGHTS = {
+    "inception": {"fid", "kid", "is", "pr", "dc", "neighbours", "rfid", "judge"},
+    "lpips": {"lpips", "diversity"},
+    "judge": {"judge"},
 }
 NEEDS = {"clip": "clip", "neighbours": "train"} | dict.fromkeys(("fid", "kid", "pr", "dc", *OF_AUTOENCODER), "data")
 

@@ -43,7 +43,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory, random_inception: Path) ->
     save_file(lpips, folder / "lpips.safetensors")
     names = {"apple": "apple", "car": "car", "heart": "heart"}
     accuracy = {"name": 0.5, "names": 4.0, "colour": 1.0, "colours": 3.0}
-    spec = JudgeSpec(names, sha256(random_inception), 75, {"apple": ("red",)}, accuracy)
+    spec = JudgeSpec(names, sha256(random_inception), 75, pairs={"apple": ("red",)}, accuracy=accuracy)
     torch.manual_seed(0)
     Judge(spec).save(folder / "judge.safetensors")
     (folder / "prompts.yaml").write_text(PROMPTS)
@@ -244,6 +244,16 @@ def test_too_few_pictures_and_bad_prompts(evaluate, pictures: Path, tiny_model: 
         in evaluate(*painted(tiny_model, pictures, "--metrics", "diversity", "--per-prompt", 1))[2]
     )
     path.write_text(kept)
+
+
+@pytest.mark.parametrize(("metric", "missing"), [("fid", "inception"), ("diversity", "lpips"), ("judge", "judge")])
+def test_missing_weights_are_named_before_anything_is_painted(
+    evaluate, tiny_model: Path, pictures: Path, weights, tmp_path: Path, monkeypatch, metric: str, missing: str
+) -> None:
+    monkeypatch.setitem(weights, f"--{missing}", str(tmp_path / "nowhere"))
+    code, _, said = evaluate(*painted(tiny_model, pictures, "--metrics", metric))
+    assert code == 2 and "nowhere" in said and said.count("\n") == 1
+    assert not [*(tmp_path / "work").rglob("*.safetensors")]
 
 
 def test_a_judge_of_other_features_is_refused(
