@@ -10,7 +10,7 @@ txt2img: .venv/.installed
 	@$(PY) scripts/txt2img.py --prompt="$$PROMPT_TEXT" $(ARGS)
 
 test: .venv/.installed-dev
-	$(PY) -m pytest -q -m "not slow"
+	$(PY) -m pytest -q -n 2 --dist loadfile -m "not slow"
 
 test-all: .venv/.installed-dev
 	$(PY) -m pytest -q
@@ -19,7 +19,7 @@ check: .venv/.installed-dev
 	$(PY) -m ruff format --check .
 	$(PY) -m ruff check .
 	$(PY) -m mypy
-	$(PY) -m pytest -q -m "not slow"
+	$(PY) -m pytest -q -n 2 --dist loadfile -m "not slow"
 
 # A hundred thousand damaged models: each loads or is refused in one line.
 fuzz: .venv/.installed-dev
