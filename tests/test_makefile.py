@@ -52,7 +52,7 @@ def test_other_flags_go_through_args(clone: Path) -> None:
 
 
 def test_make_test_runs_the_fast_tests(clone: Path) -> None:
-    assert make(clone, "test") == ["-m", "pytest", "-q", "-m", "not slow"]
+    assert make(clone, "test") == ["-m", "pytest", "-q", "-n", "2", "--dist", "loadfile", "-m", "not slow"]
 
 
 def test_continuous_integration_runs_make_test() -> None:
