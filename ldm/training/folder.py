@@ -39,6 +39,19 @@ class RunFolder:
         except OSError as error:
             raise UserError(f"cannot make the run folder {str(path)!r}: {error.strerror}") from None
 
+    def claim(self) -> None:
+        """Hold the folder until this process ends. UserError where another run is going on in it."""
+        try:
+            import fcntl
+        except ImportError:  # Windows
+            return
+        self._held = (self.path / ".lock").open("w")
+        try:
+            fcntl.lockf(self._held, fcntl.LOCK_EX | fcntl.LOCK_NB)  # of this process alone: no worker inherits it
+        except OSError:
+            held = f"another run is going on in {str(self.path)!r}: wait for it, or take another --run"
+            raise UserError(held) from None
+
     def write_config(self, settings: Any) -> None:
         with replacing(self.path / "config.yaml") as temporary:
             temporary.write_text(config.dump(settings))

@@ -70,6 +70,8 @@ def train(task: Task, config: VaeRun | LdmRun, path: Path) -> Outcome:
     folder = RunFolder(path)
     processes = Processes(run, optim, path)
     accelerator, device, main = processes.accelerator, processes.device, processes.main
+    if main:
+        folder.claim()
     if device.type == "cuda":
         torch.backends.cudnn.benchmark = True
 

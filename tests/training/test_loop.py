@@ -3,6 +3,8 @@
 import json
 import math
 import signal
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -308,3 +310,22 @@ def test_the_loss_by_noise_level_is_in_the_log(ldm, run, tmp_path: Path):
 def test_a_tracker_that_is_not_installed(ldm, run, tmp_path: Path):
     with pytest.raises(UserError, match="pip install notracker"):
         run(ldm("--run.trackers", "[notracker]"), tmp_path)
+
+
+def test_two_runs_in_one_folder_are_refused(vae, run, tmp_path: Path):
+    """The lock is of a process and goes with it, however it dies."""
+    (tmp_path / "run").mkdir()
+    lock = "f = open(sys.argv[1], 'w'); fcntl.lockf(f, fcntl.LOCK_EX); print('held', flush=True); sys.stdin.read()"
+    holder = subprocess.Popen(
+        [sys.executable, "-c", f"import fcntl, sys; {lock}", str(tmp_path / "run/.lock")],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    assert holder.stdout is not None and holder.stdout.readline() == b"held\n"
+    try:
+        with pytest.raises(UserError, match="another run is going on in"):
+            run(vae(), tmp_path / "run")
+    finally:
+        holder.kill()
+        holder.wait()
+    assert run(vae("--run.steps", "1"), tmp_path / "run").step == 1
