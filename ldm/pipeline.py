@@ -1,7 +1,7 @@
 """From a prompt to a picture: load a model once, then complete, sample and decode requests.
 
 pipeline = load("embedded")
-image = pipeline.txt2img(Request("a red apple", seed=1))  # (1, 3, h, w) in [-1, 1]
+image = pipeline.txt2img(Request("a red apple", seed=1))  # (1, 3, h, w), -1 is black and 1 white
 """
 
 import copy

@@ -28,7 +28,7 @@ class Request:
     seed: int = _told("seed of the first picture; the next one has the next (random)", 0)
     sampler: str | None = _told("such as euler, euler_a, dpmpp_2m; a wrong name lists all (the model's own)")
     schedule: str | None = _told("such as trailing, karras; a wrong name lists all (the model's own)")
-    steps: int | None = _told("network evaluations a picture (the model's own)")
+    steps: int | None = _told("steps a picture; Heun and DPM2 evaluate the network twice in each (the model's own)")
     cfg_scale: float | None = _told("how strongly to follow the prompt (the model's own)")
     width: int | None = _told("pixels (the model's own, or the first picture's)")
     height: int | None = _told("pixels (the model's own, or the first picture's)")

@@ -2,7 +2,7 @@
 
 python scripts/prepare_data.py photos/ --out data/mine --caption-template "a photo of <mine>" --max-captions 0
 python scripts/train_inversion.py configs/tune/inversion.yaml --data.shards data/mine/00000.tar --run runs/mine
-python scripts/txt2img.py --prompt "a blue model" --embedding runs/mine/model.safetensors
+python scripts/txt2img.py --prompt "a blue <mine>" --embedding runs/mine/model.safetensors
 
 The model is the embedded one, or --weights PATH: ours, Stable Diffusion's single file, or diffusers' folder.
 """
