@@ -1,7 +1,7 @@
 #!/bin/sh
 # Makes ldm/assets/embedded.safetensors from the corpus: parquet files of pictures with captions, in the folder $1.
 #   sh configs/embedded/make.sh data/parquet
-# `make weights` first. On two CPU cores: half an hour for the autoencoder, an hour and more for the rest. Stopped, it goes on.
+# `make weights` first. On two CPU cores: an hour and a half for the autoencoders, three hours for the rest. Stopped, it goes on.
 set -eu
 corpus=$1
 python=${PYTHON:-.venv/bin/python}
@@ -24,9 +24,12 @@ prepare "$corpus/fruits.parquet" "$corpus/flowers.parquet" "$corpus/clothing.par
     --out data/photos --limit-per-source 1600 --caption-template "clothing:a photo of a {colour} {name}"
 
 $python scripts/train_vae.py configs/embedded/vae.yaml --run runs/vae
+$python scripts/train_vae.py configs/embedded/decoder.yaml --run runs/decoder
 # First at all noise levels alike, then mostly at high ones: there shape and colour are decided, and the prompt matters.
 $python scripts/train_ldm.py configs/embedded/ldm.yaml --run runs/ldm1
-$python scripts/train_ldm.py configs/embedded/ldm.yaml --run runs/ldm --weights runs/ldm1/model.safetensors \
-    --text.weights runs/ldm1/model.safetensors --schedule.mean 1.2 --schedule.std 1.2 \
-    --run.steps 2000 --optim.warmup 50 --optim.lr 5e-4
-$python scripts/convert.py runs/ldm/model.safetensors ldm/assets/embedded.safetensors --to ldm --dtype int8
+$python scripts/train_ldm.py configs/embedded/ldm.yaml --run runs/ldm2 --weights runs/ldm1/model.safetensors \
+    --schedule.mean 1.2 --schedule.std 1.2 --run.steps 2000 --optim.warmup 50 --optim.lr 5e-4
+$python scripts/train_ldm.py configs/embedded/ldm.yaml --run runs/ldm --weights runs/ldm2/model.safetensors \
+    --schedule.mean 1.1 --schedule.std 1.3 --run.steps 4800 --optim.warmup 100 --run.ema.decay 0.9995
+$python scripts/convert.py runs/ldm/model.safetensors ldm/assets/embedded.safetensors --to ldm --dtype int8 \
+    --vae runs/decoder/model.safetensors
