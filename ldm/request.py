@@ -79,7 +79,9 @@ class Run:
     preview_vae: Path | None = _told("TAESD for previews (a linear map, fitted to the model)")
     device: str | None = _told("auto, cpu, cuda, cuda:1 (auto)")
     precision: str | None = _told("auto, fp32, bf16, fp16 (auto: bf16 where the device computes in it)")
-    attention: str = _told("auto, sdpa, xformers: how attention is computed (auto)", "auto")
+    attention: str = _told(
+        "auto, sdpa, xformers, or sliced, for little memory: how attention is computed (auto)", "auto"
+    )
     compile: bool = _told("compile the networks' blocks first: faster steps after a minute or two", False)
     offload: bool = _told("keep on the device only the network that works: slower, less memory", False)
 

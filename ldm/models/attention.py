@@ -65,13 +65,19 @@ def xformers(q: Heads, k: Heads, v: Heads, mask: Mask | None = None) -> Heads:
     return answer.transpose(1, 2)
 
 
-ATTENTIONS: dict[str, Callable[..., Tensor]] = {"auto": attend, "sdpa": fused, "xformers": xformers}
+def sliced(q: Heads, k: Heads, v: Heads, mask: Mask | None = None) -> Heads:
+    """By torch's kernel, TILE queries at a time: where it must hold scores, it holds no more than theirs."""
+    return torch.cat([fused(rows, k, v, mask) for rows in q.split(TILE, dim=2)], dim=2)
+
+
+ATTENTIONS: dict[str, Callable[..., Tensor]] = {"auto": attend, "sdpa": fused, "sliced": sliced, "xformers": xformers}
 
 
 def use_attention(network: nn.Module, name: str) -> None:
-    """Let every Attention of a network compute in one of three ways. UserError for one that is not, or not here."""
+    """Let every Attention of a network compute in one of these ways. UserError for one that is not, or not here."""
     if name not in ATTENTIONS:
-        raise UserError(f"unknown attention {name!r}{nearest(name, list(ATTENTIONS))}: choose auto, sdpa or xformers")
+        known = ", ".join(ATTENTIONS)
+        raise UserError(f"unknown attention {name!r}{nearest(name, list(ATTENTIONS))}: choose one of {known}")
     if name == "xformers":
         try:
             import_module("xformers.ops")

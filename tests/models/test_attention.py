@@ -68,3 +68,14 @@ def test_xformers_gets_its_own_layout(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_heads_must_divide_the_width() -> None:
     with pytest.raises(ValueError, match="width 10 is not divisible by heads 4"):
         attention.Attention(10, 4)
+
+
+def test_sliced_attention_is_the_same_and_holds_few_scores(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn((2, 3, length, 8), generator=rng) for length in (1100, 40, 40))
+    mask = torch.arange(40).expand(2, 1, 1, 40) < torch.tensor([40, 7]).reshape(2, 1, 1, 1)
+    asked: list[int] = []
+    kernel = attention.fused
+    monkeypatch.setattr(attention, "fused", lambda q, k, v, m: asked.append(q.shape[2]) or kernel(q, k, v, m))
+    torch.testing.assert_close(attention.sliced(q, k, v, mask), kernel(q, k, v, mask))
+    assert asked == [512, 512, 76]
