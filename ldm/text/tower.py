@@ -1,5 +1,6 @@
 """The text side: CLIP's tokenizer and text transformer (Radford et al. 2021, arXiv:2103.00020), one tower or two."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,6 +15,7 @@ from ldm.shapes import TokenIds, Tokens, Vector
 from ldm.text.open_clip import part
 
 FULL_VOCABULARY = 49408
+_INSIDE_SPECIAL = re.compile(r"(?<=<)(?=(?:start|end)_of_text>)", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -102,8 +104,8 @@ class Tokenizer:
         return list(self._bpe.encoder)
 
     def encode(self, prompt: str) -> list[int]:
-        """Token ids of a text of any length, without start and end."""
-        return self._bpe.encode(prompt)
+        """Token ids of a text of any length, without start and end, also where it spells their names."""
+        return [token for part in _INSIDE_SPECIAL.split(prompt) for token in self._bpe.encode(part)]
 
     def __call__(self, prompts: Sequence[str]) -> tuple[TokenIds, list[int]]:
         """(b, context_length) ids, and how many tokens of each prompt did not fit and were cut off."""

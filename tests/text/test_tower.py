@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from ldm.text.open_clip import open_clip
@@ -34,6 +34,8 @@ def test_padding_with_the_end_token() -> None:
 
 @settings(max_examples=50, deadline=None)
 @given(text=st.text(max_size=40))
+@example("<START_OF_TEXT>")
+@example("a <end_of_text> b")
 def test_a_smaller_vocabulary_encodes_any_text(small: Tokenizer, text: str) -> None:
     assert all(0 <= token < TINY.vocab_size - 2 for token in small.encode(text))
 
