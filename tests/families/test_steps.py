@@ -58,9 +58,9 @@ class Pair:
         self.ours.load_state_dict(state, assign=True)
         self.ours.requires_grad_(False)
         rng = torch.Generator().manual_seed(1)
-        self.x0, self.noise = (torch.randn((2, 4, 8, 8), generator=rng) for _ in range(2))
+        self.x0, self.noise = (torch.randn((2, 4, 16, 16), generator=rng) for _ in range(2))
         self.tokens = torch.randn((2, 7, config.context_dim), generator=rng)
-        self.hint = torch.rand((2, 3, 64, 64), generator=rng)
+        self.hint = torch.rand((2, 3, 128, 128), generator=rng)
         self.times = torch.tensor([37, 801])
         self.added, vector = None, None
         if config.vector_dim:
