@@ -26,6 +26,17 @@ def cpu_without_bf16() -> Iterator[None]:
 
 
 @pytest.fixture
+def fresh_accelerator() -> Iterator[None]:
+    """accelerate keeps the precision of the process's first run."""
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    torch.manual_seed(0)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture
 def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every way to connect a socket or to resolve a name raises."""
 

@@ -82,29 +82,24 @@ def clip(module: nn.Module, config: TextConfig, *, prefix: str = "text_model.", 
     names: dict[str, tuple[str, ...]] = {}
     for ours, (theirs,) in by_rules(module, [], _CLIP_LEAVES).items():
         block = re.search(r"encoder\.layers\.(\d+)\.", theirs)
-        if block and int(block[1]) >= (layers or config.layers):
-            continue
-        joined = _JOINED.fullmatch(theirs)
-        if theirs == "text_projection":
-            names[ours] = ("text_projection.weight",)
-        elif joined:
-            place, kind = joined.groups()
-            names[ours] = tuple(f"{prefix}{place}.self_attn.{letter}_proj.{kind}" for letter in "qkv")
-        else:
-            names[ours] = (prefix + theirs,)
+        if not block or int(block[1]) < (layers or config.layers):
+            names[ours] = ("text_projection.weight",) if theirs == "text_projection" else _parts(prefix, theirs)
     return KeyMap(names, turned=frozenset(n for n in names if n.endswith("text_projection")))
 
 
 def vision(module: nn.Module) -> KeyMap:
     """Names in transformers' CLIPVisionModelWithProjection of an image tower."""
-    names: dict[str, tuple[str, ...]] = {}
-    for ours, (theirs,) in by_rules(module, [], _VISION_LEAVES + _CLIP_LEAVES[4:]).items():
-        joined = _JOINED.fullmatch(theirs)
-        if theirs == "proj":
-            names[ours] = ("visual_projection.weight",)
-        elif joined:
-            place, kind = joined.groups()
-            names[ours] = tuple(f"vision_model.{place}.self_attn.{letter}_proj.{kind}" for letter in "qkv")
-        else:
-            names[ours] = (f"vision_model.{theirs}",)
+    names = {
+        ours: ("visual_projection.weight",) if theirs == "proj" else _parts("vision_model.", theirs)
+        for ours, (theirs,) in by_rules(module, [], _VISION_LEAVES + _CLIP_LEAVES[4:]).items()
+    }
     return KeyMap(names, turned=frozenset(n for n, theirs in names.items() if theirs == ("visual_projection.weight",)))
+
+
+def _parts(prefix: str, theirs: str) -> tuple[str, ...]:
+    """What is one tensor in open_clip: in transformers queries, keys and values stand apart."""
+    joined = _JOINED.fullmatch(theirs)
+    if joined is None:
+        return (prefix + theirs,)
+    place, kind = joined.groups()
+    return tuple(f"{prefix}{place}.self_attn.{letter}_proj.{kind}" for letter in "qkv")

@@ -1,6 +1,6 @@
 """What fine-tuning writes, other programs read: LoRAs trained here paint the same in diffusers."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from PIL import Image as Pillow
 from safetensors.torch import load_file
 
@@ -34,6 +33,7 @@ from ldm.training.tasks.distil import SAMPLERS, DistilTask, consistency, progres
 from ldm.training.tasks.inversion import InversionTask
 from ldm.training.tasks.lora import LoraTask
 
+pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 SHARDS = Path(__file__).parents[1] / "assets/shards/{00000..00001}.tar"
 TUNED = f"""
 data: {{shards: '{SHARDS}', size: 32, workers: 0}}
@@ -42,15 +42,6 @@ run: {{steps: 2, batch_size: 2, trackers: [], log_every: 1, sample_every: 0, val
 samples: {{prompts: [a red apple]}}
 defaults: {{sampler: euler, steps: 1, cfg_scale: 1.0}}
 """
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerator() -> Iterator[None]:
-    """accelerate keeps the precision of the process's first run."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    torch.manual_seed(0)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture

@@ -1,6 +1,6 @@
 """Runs of seconds: settings as small as they go, over the committed shards."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -37,12 +37,8 @@ defaults: {{sampler: euler, steps: 2, cfg_scale: 2.0}}
 
 
 @pytest.fixture(autouse=True)
-def fresh_accelerator() -> Iterator[None]:
-    """accelerate keeps the precision of the process's first run."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    torch.manual_seed(0)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
+def each_alone(fresh_accelerator: None) -> None:
+    """Every test here trains."""
 
 
 @pytest.fixture
