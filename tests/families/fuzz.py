@@ -10,6 +10,7 @@ import argparse
 import collections
 import copy
 import json
+import os
 import random
 import shutil
 import signal
@@ -154,16 +155,16 @@ def damage(rng: random.Random, whole: Path, broken: Path) -> None:
         way = rng.choice([damage_bytes, damage_header, damage_header])
         broken.write_bytes(way(rng, whole.read_bytes()))
         return
-    shutil.copytree(whole, broken)
+    shutil.copytree(whole, broken, copy_function=os.link)
     file = rng.choice(sorted(path for path in broken.rglob("*") if path.is_file()))
+    data = file.read_bytes()
+    file.unlink()  # the others are the whole model's own
     if file.suffix == ".json" and rng.random() < 0.8:
-        file.write_text(json.dumps(damage_json(rng, json.loads(file.read_text()))))
+        file.write_text(json.dumps(damage_json(rng, json.loads(data))))
     elif file.suffix == ".safetensors" and rng.random() < 0.5:
-        file.write_bytes(damage_header(rng, file.read_bytes()))
-    elif rng.random() < 0.1:
-        file.unlink()
-    else:
-        file.write_bytes(damage_bytes(rng, file.read_bytes()))
+        file.write_bytes(damage_header(rng, data))
+    elif rng.random() >= 0.1:
+        file.write_bytes(damage_bytes(rng, data))
 
 
 def case(seed: int, number: int, wholes: dict[str, Path], room: Path) -> str:
@@ -198,7 +199,8 @@ def case(seed: int, number: int, wholes: dict[str, Path], room: Path) -> str:
 def run(n: int, seed: int, first: int = 0) -> collections.Counter[str]:
     """Run cases; how many loaded and how many were refused."""
     counts: collections.Counter[str] = collections.Counter()
-    with tempfile.TemporaryDirectory() as folder:
+    memory = Path("/dev/shm")  # where there is one, no disk is waited for
+    with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as folder:
         root = Path(folder)
         wholes = models(root)
         for number in range(first, first + n):
