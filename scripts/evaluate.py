@@ -28,7 +28,7 @@ FLAGS.add_argument("--train", default="", help="what the model was trained on, f
 FLAGS.add_argument(
     "--metrics", default="fid,kid,pr,dc", help="with commas between (fid,kid,pr,dc); a wrong one lists all"
 )
-FLAGS.add_argument("--n", type=whole(0), default=0, help="pictures of the data's captions (as many as the data)")
+FLAGS.add_argument("--n", type=whole(0), default=0, help="pictures of the data's captions, or of --images (all)")
 FLAGS.add_argument(
     "--prompts", default="configs/evaluate/prompts.yaml", help="groups of prompts, for judge and diversity"
 )

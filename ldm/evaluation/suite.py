@@ -37,8 +37,9 @@ class Plan:
 
     model: a name or path, or "" with images, a folder of ready pictures. data: the real pictures; train: those it was
     trained on, of which train_n are compared for `neighbours`. prompts: a YAML of groups of prompts, each painted
-    per_prompt times. n: pictures painted from the data's captions, 0 for as many as the data has. seed: of the first
-    picture. size: 0 for the model's own. rounds: of the bootstrap. The rest are files of weights.
+    per_prompt times. n: pictures painted from the data's captions, 0 for as many as the data has; or so many of images,
+    spread evenly, 0 for all. seed: of the first picture. size: 0 for the model's own. rounds: of the bootstrap. The
+    rest are files of weights.
     """
 
     metrics: tuple[str, ...]
@@ -132,7 +133,7 @@ class Suite:
 
     @cached_property
     def ready(self) -> Found:
-        return Found(self.plan.images, self.plan.size)
+        return Found(self.plan.images, self.plan.size, self.plan.n or None)
 
     @cached_property
     def groups(self) -> dict[str, list[str]]:

@@ -148,6 +148,8 @@ def test_ready_pictures(evaluate, pictures: Path, tmp_path: Path) -> None:
     assert result["metrics"]["kid"]["n"] == 3 and result["metrics"]["diversity"]["n"] == 1
     assert [one["prompt"] for one in result["verdicts"]] == ["an apple", "an apple", "a red car"]
     assert result["metrics"]["accuracy_seen"]["n"] == 3
+    fewer = evaluate("--images", pictures, "--data", pictures, "--metrics", "kid", "--n", 5)[1]
+    assert fewer["metrics"]["kid"]["n"] == 5
 
 
 def test_an_autoencoder_alone(evaluate, tiny_model: Path, pictures: Path, tmp_path: Path) -> None:
