@@ -3,8 +3,9 @@
     make chaos                      # 1,000 kills, and 50 trials of each of the rest
     make chaos ARGS="--kills 100 --others 10 --seed 1"
 
-Each trial is a run in a folder of its own. It is right if, in the end, weights, averages, optimisers, log and model are
-bit for bit those of the same run left alone. The table is printed again after each.
+Each trial is a run of scripts/train_vae.py or train_ldm.py in a folder of its own. It is right if, in the end, weights,
+averages, optimisers, log and model are bit for bit those of the same run left alone. Half of the kills come at a random
+time, half right before a random use of a file in the run's folder: between any two steps of writing a checkpoint.
 """
 
 import argparse
@@ -20,14 +21,19 @@ from pathlib import Path
 
 from trainee import Server, Trainee, result
 
-VARIANTS: dict[str, tuple[str, list[str], int]] = {
-    "vae, fp32": ("vae", [], 1),
-    "vae, bf16, 2 workers": ("vae", ["--run.precision", "bf16", "--data.workers", "2"], 1),
-    "vae, 2 processes": ("vae", [], 2),
-    "ldm, fp32": ("ldm", [], 1),
-    "ldm, bf16, 2 workers": ("ldm", ["--run.precision", "bf16", "--data.workers", "2"], 1),
-    "ldm, cached, 2 processes": ("ldm", ["--cache", "RUN/latents"], 2),
+BF16, READERS, CACHE = ["--run.precision", "bf16"], ["--data.workers", "2"], ["--cache", "RUN/latents"]
+VARIANTS: dict[str, tuple[str, list[str], int, int]] = {  # script, words, processes, share of the trials
+    "vae, fp32": ("vae", [], 1, 3),
+    "vae, bf16": ("vae", BF16, 1, 3),
+    "vae, bf16, 2 workers": ("vae", BF16 + READERS, 1, 2),
+    "ldm, fp32": ("ldm", [], 1, 3),
+    "ldm, bf16, 2 workers": ("ldm", BF16 + READERS, 1, 2),
+    "ldm, bf16, cached": ("ldm", BF16 + CACHE, 1, 3),
+    "ldm, fp32, cached, 2 workers": ("ldm", CACHE + READERS, 1, 2),
+    "vae, fp32, 2 processes": ("vae", [], 2, 1),
+    "ldm, bf16, cached, 2 processes": ("ldm", BF16 + CACHE, 2, 1),
 }
+FILE_USES = 140  # of a run, about
 
 
 class Chaos:
@@ -43,7 +49,7 @@ class Chaos:
         assert server.start("vae", folder / "vae").wait() == [0]
 
     def start(self, variant: str, run: Path, **how: int) -> Trainee:
-        kind, words, ranks = VARIANTS[variant]
+        kind, words, ranks, _ = VARIANTS[variant]
         words = [word.replace("RUN", str(run)) for word in words]
         words += [] if kind == "vae" else ["--autoencoder", str(self.autoencoder)]
         return self.server.start(kind, run, words, ranks, **how)
@@ -59,28 +65,41 @@ class Chaos:
 
     def trial(self, trouble: str, strike: Callable[[str, Path, float, Counter[str]], bool]) -> None:
         """Strike until the run is done, or `strike` says that it is enough; then finish it and compare."""
-        variant = self.rng.choice(list(VARIANTS))
+        (variant,) = self.rng.choices(list(VARIANTS), [share for *_, share in VARIANTS.values()])
         whole, seconds = self.reference(variant)
-        run, row = self.folder / "run", self.rows.setdefault(trouble, Counter())
-        while strike(variant, run, seconds, row):
+        run, row, new = self.folder / "run", self.rows.setdefault(trouble, Counter()), Counter[str]()
+        while strike(variant, run, seconds, new):
             pass
         last = self.start(variant, run)
         codes = last.wait()
-        row["resumed"] += "going on from" in last.said
-        row["runs"] += 1
+        new["resumed"] += "going on from" in last.said
+        new["runs"] += 1
         if not any(codes) and result(run) == whole:
-            row["equal"] += 1
+            new["equal"] += 1
         else:
             self.wrong.append(f"{trouble}, {variant}: exit {codes}\n{last.said}")
-        row["damaged by it"] += 0 if trouble == "flipped byte" else len(list(run.glob("checkpoints/damaged-*")))
+        new["damaged by it"] += 0 if trouble == "flipped byte" else len(list(run.glob("checkpoints/damaged-*")))
         shutil.rmtree(run)
+        row.update(new)
+        if trouble == "kill -9":
+            named = self.rows.setdefault(f"  {variant}", Counter())
+            named.update({name: new[name] for name in ("strikes", "runs", "equal")})
 
     def kill(self, variant: str, run: Path, seconds: float, row: Counter[str]) -> bool:
-        trainee = self.start(variant, run)
-        time.sleep(self.rng.uniform(0, seconds * self.pace))
-        trainee.signal(signal.SIGKILL)
+        """At a random time the process alone or its workers too, as the users of `kill` do; or at a random file."""
+        if at_file := self.rng.random() < 0.5:
+            trainee = self.start(variant, run, strike=self.rng.randint(1, FILE_USES))
+            codes = trainee.first()
+        else:
+            trainee = self.start(variant, run)
+            time.sleep(self.rng.uniform(0, seconds * self.pace))
+            codes = []
+        if not codes or any(codes):  # a launcher ends those that are left
+            trainee.signal(signal.SIGKILL, alone=self.rng.random() < 0.5)
         killed = -signal.SIGKILL in trainee.wait()
         row["strikes"] += killed
+        row["at a file" if at_file else "at a time"] += killed
+        row["with half a checkpoint"] += bool(list(run.glob("checkpoints/.*.partial")))
         newest = max((path.name for path in run.glob("checkpoints/[0-9]*")), default="")
         self.pace = max(self.pace * (1.1 if newest == self.newest else 0.7), 0.2)  # as busy as the machine is now
         self.newest = newest
@@ -135,7 +154,7 @@ class Chaos:
         lines = [f"after {seconds:.0f} s, {len(self.wrong)} wrong"]
         for trouble, row in self.rows.items():
             facts = ", ".join(f"{name} {count}" for name, count in row.items())
-            lines.append(f"{trouble:15} {facts}")
+            lines.append(f"{trouble:34} {facts}")
         return "\n".join(lines)
 
 

@@ -6,18 +6,21 @@ The server is `python -m training.trainee`, told by lines of JSON what to start 
 import json
 import os
 import resource
+import runpy
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import MappingProxyType, TracebackType
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
 SHARDS = ROOT / "tests/assets/shards/{00000..00001}.tar"
+FILES = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.link", "os.chmod")
 TIMES = ("images_per_s", "data_wait_s", "save_stall_s")
 
 VAE = f"""
@@ -54,16 +57,25 @@ class Trainee:
     def said(self) -> str:
         return self._said.read_text()
 
-    def signal(self, number: int, rank: int | None = None) -> None:
-        """To all of them, and what they started; or to one."""
+    def signal(self, number: int, rank: int | None = None, *, alone: bool = False) -> None:
+        """To all of them, or to one; and, unless alone, to what they started."""
         for pid in self.pids if rank is None else [self.pids[rank]]:
             try:
-                os.killpg(pid, number)
+                (os.kill if alone else os.killpg)(pid, number)
             except ProcessLookupError:
-                os.kill(pid, number)  # it has not yet made its group, or has ended and waits to be read
+                with suppress(ProcessLookupError):  # it has ended
+                    os.kill(pid, number)  # it has not yet made its group
 
     def running(self, rank: int) -> bool:
         return self.server.ask({"wait": self.pids[rank]}) is None
+
+    def first(self) -> list[int]:
+        """The exit codes of those that ended, as soon as one died or all are done."""
+        while True:
+            codes = [self.server.ask({"wait": pid}) for pid in self.pids]
+            if None not in codes or any(codes):
+                return [code for code in codes if code is not None]
+            time.sleep(0.01)
 
     def wait(self, seconds: float = 300) -> list[int]:
         """The exit codes; a signal's number is negative. TimeoutError, and they are killed, if they hang."""
@@ -112,7 +124,8 @@ class Server:
         more: Mapping[str, str] = MappingProxyType({}),
         **how: int,
     ) -> Trainee:
-        """more: of the environment; how: `die`, the step in which it kills itself; `file_size`, a limit in bytes."""
+        """more: of the environment. how: `die`, the step in which it kills itself; `strike`, the use of a file in its
+        folder before which it does; `file_size`, a limit in bytes."""
         self._count += 1
         said = self.folder / f"said-{self._count}.txt"
         environment = dict(more)
@@ -150,7 +163,7 @@ def result(run: Path) -> tuple[Any, ...]:
 
 
 def _child(request: dict[str, Any]) -> None:
-    """Be a training script."""
+    """Be a training script: the very one, but for the memory's forecast, which takes longer than the training here."""
     os.setsid()
     with open(request["said"], "ab", buffering=0) as said:
         os.dup2(said.fileno(), 2)
@@ -159,45 +172,44 @@ def _child(request: dict[str, Any]) -> None:
     os.environ.update(request["environment"])
     if "file_size" in request:
         resource.setrlimit(resource.RLIMIT_FSIZE, (request["file_size"],) * 2)
-    train_as_script(request["kind"], request["arguments"], request.get("die"))
+    run = Path(request["arguments"][2])
+    if "die" in request:
+        die_in_step(request["die"], run / "checkpoints")
+    if "strike" in request:
+        die_at_file(request["strike"], run)
+    script = ROOT / f"scripts/train_{request['kind']}.py"
+    sys.argv = [str(script), *request["arguments"]]
+    runpy.run_path(str(script), run_name="__main__")
 
 
-def train_as_script(kind: str, arguments: list[str], die: int | None) -> None:
-    import torch
-
-    from ldm import config
-    from ldm.errors import script
-    from ldm.training.arguments import split
-    from ldm.training.config import LdmRun, VaeRun
+def die_in_step(step: int, checkpoints: Path) -> None:
+    """This process, and its workers, when it sees the batch of a step, and there is a checkpoint."""
     from ldm.training.guard import Guard
-    from ldm.training.loop import train
-    from ldm.training.tasks.autoencoder import AutoencoderTask
-    from ldm.training.tasks.denoising import DenoisingTask
 
-    @script
-    def main() -> None:
-        path, run, overrides = split(arguments, "", VaeRun if kind == "vae" else LdmRun)
-        settings = config.load(VaeRun if kind == "vae" else LdmRun, path, overrides)
-        torch.manual_seed(settings.run.seed)
-        task = AutoencoderTask(settings) if isinstance(settings, VaeRun) else DenoisingTask(settings)
-        if die is not None:
-            Guard.look = deadly(Guard.look, die, run / "checkpoints")  # type: ignore[method-assign]
-        raise SystemExit(train(task, settings, run).exit_code)
+    look = Guard.look
 
-    main()
-
-
-def deadly(look: Callable[..., None], step: int, checkpoints: Path) -> Callable[..., None]:
-    """Guard.look, which kills its run, workers and all, when it sees the batch of a step, and there is a checkpoint."""
-
-    def see(guard: Any, batch: dict[str, Any]) -> None:
+    def see(guard: Guard, batch: dict[str, Any]) -> None:
         if batch["step"] == step:
             while not list(checkpoints.glob("[0-9]*")):
                 time.sleep(0.01)
             os.killpg(os.getpgid(0), signal.SIGKILL)
         look(guard, batch)
 
-    return see
+    Guard.look = see  # type: ignore[method-assign]
+
+
+def die_at_file(count: int, run: Path) -> None:
+    """This process, and its workers, before it opens, makes, renames or removes for this many'th time in its run."""
+    folder = str(run)
+
+    def watch(event: str, arguments: tuple[Any, ...]) -> None:
+        nonlocal count
+        if event in FILES and arguments and folder in str(arguments[0]):
+            count -= 1
+            if not count:
+                os.killpg(os.getpgid(0), signal.SIGKILL)
+
+    sys.addaudithook(watch)
 
 
 def _serve() -> None:
@@ -205,11 +217,14 @@ def _serve() -> None:
     from torch.utils.tensorboard import SummaryWriter  # noqa: F401
 
     import ldm.training.loop
+    import ldm.training.memory
     import ldm.training.tasks.autoencoder
-    import ldm.training.tasks.denoising  # noqa: F401
+    import ldm.training.tasks.denoising
     from ldm.text.open_clip import open_clip
 
     open_clip()
+    ldm.training.memory.announce = lambda task, config: None
+    assert len(os.listdir("/proc/self/task")) == 1, "a process with threads does not fork safely"
     codes: dict[int, int] = {}
     for line in sys.stdin:
         request = json.loads(line)
