@@ -5,8 +5,10 @@ it has with its noise set to 0, and its draws must have the mean and covariance 
 """
 
 import math
+import re
 from collections.abc import Callable
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,10 +16,11 @@ import torch
 from torch import Tensor
 
 from ldm.diffusion.mixture import Mixture, ring
-from ldm.diffusion.samplers import ORDERS, SAMPLERS
+from ldm.diffusion.samplers import ORDERS, SAMPLERS, SOLVERS
 from ldm.diffusion.samplers.analytic import spread
 from ldm.errors import UserError
 
+PAGE = Path(__file__).parents[2] / "docs/samplers.md"
 ERRORS_FALL = (128, 256, 512)
 QUIET: dict[str, dict[str, Any]] = {  # the options that set the noise to 0
     "euler_a": {"eta": 0.0},
@@ -72,9 +75,13 @@ def draws(n: int, d: int, scale: float) -> Tensor:
     return torch.randn((n, d), generator=torch.Generator().manual_seed(0), dtype=torch.float64) * scale
 
 
-def test_every_sampler_claims_an_order() -> None:
-    assert list(SAMPLERS) == list(ORDERS)
-    assert set(QUIET) <= set(SAMPLERS)
+def test_every_sampler_claims_an_order_and_names_its_source() -> None:
+    assert list(SAMPLERS) == list(ORDERS) == list(SOLVERS) and set(QUIET) <= set(SAMPLERS)
+    assert all(re.search(r"\b20[12]\d", solver.source) for solver in SOLVERS.values())
+    rows = re.findall(r"^\| ([a-z0-9_, ]+) \| ([0-9a-z ]*?) ?\| [1-4] \|", PAGE.read_text(), re.MULTILINE)
+    told = {name: order for names, order in rows for name in names.split(", ")}
+    assert set(told) == set(SAMPLERS)
+    assert all(order is None or told[name] == str(order) for name, order in ORDERS.items())
 
 
 @pytest.fixture(scope="module")

@@ -1,81 +1,73 @@
-"""The samplers by name, and the order of convergence that each claims and a test measures.
+"""The samplers by name: what each is, the order of convergence that it claims and a test measures, and its source.
 
 A stochastic sampler claims the order it has as a solver of the probability-flow ODE, its noise set to 0; None where
 there is no such limit. Multistep solvers that start with fewer points claim the second order that users get: one
 first-order step leaves an error of h^2, whatever follows.
 """
 
-from ldm.diffusion.samplers.adams import deis, ipndm, lms, plms, pndm
+from functools import partial
+from typing import NamedTuple
+
 from ldm.diffusion.samplers.analytic import analytic_dpm
-from ldm.diffusion.samplers.common import Sampler, Step
-from ldm.diffusion.samplers.dpm_solver import dpm_adaptive, dpm_solver
-from ldm.diffusion.samplers.er_sde import er_sde
-from ldm.diffusion.samplers.exponential import dpmpp_2m, dpmpp_2m_sde, dpmpp_3m, dpmpp_3m_sde, sa_solver, unipc
-from ldm.diffusion.samplers.first_order import ddim, ddpm, euler, euler_a, lcm, tcd
-from ldm.diffusion.samplers.second_order import dpm2, dpm2_a, dpmpp_2s_a, dpmpp_sde, heun, restart
+from ldm.diffusion.samplers.common import Sampler, Step, planned
+from ldm.diffusion.samplers.first_order import ddim, lcm, tcd
+from ldm.diffusion.samplers.multistep import deis, dpmpp, er_sde, ipndm, lms, sa_solver, unipc
+from ldm.diffusion.samplers.singlestep import (
+    dpm2_a,
+    dpm_adaptive,
+    dpm_solver,
+    dpmpp_2s_a,
+    dpmpp_sde,
+    heun,
+    plms,
+    pndm,
+    restart,
+)
 from ldm.errors import UserError, nearest
 
-__all__ = ["ORDERS", "SAMPLERS", "Sampler", "Step", "find_sampler"]
+__all__ = ["ORDERS", "SAMPLERS", "SOLVERS", "Sampler", "Step", "find_sampler"]
 
-SAMPLERS: dict[str, Sampler] = {
-    "ddim": ddim,
-    "ddpm": ddpm,
-    "euler": euler,
-    "euler_a": euler_a,
-    "heun": heun,
-    "dpm2": dpm2,
-    "dpm2_a": dpm2_a,
-    "lms": lms,
-    "plms": plms,
-    "pndm": pndm,
-    "ipndm": ipndm,
-    "deis": deis,
-    "dpm_solver": dpm_solver,
-    "dpm_adaptive": dpm_adaptive,
-    "dpmpp_2s_a": dpmpp_2s_a,
-    "dpmpp_2m": dpmpp_2m,
-    "dpmpp_3m": dpmpp_3m,
-    "dpmpp_sde": dpmpp_sde,
-    "dpmpp_2m_sde": dpmpp_2m_sde,
-    "dpmpp_3m_sde": dpmpp_3m_sde,
-    "unipc": unipc,
-    "sa_solver": sa_solver,
-    "restart": restart,
-    "lcm": lcm,
-    "tcd": tcd,
-    "analytic_dpm": analytic_dpm,
-    "er_sde": er_sde,
-}
 
-ORDERS: dict[str, int | None] = {
-    "ddim": 1,
-    "ddpm": None,
-    "euler": 1,
-    "euler_a": 1,
-    "heun": 2,
-    "dpm2": 2,
-    "dpm2_a": 2,
-    "lms": 2,
-    "plms": 2,
-    "pndm": 2,
-    "ipndm": 2,
-    "deis": 2,
-    "dpm_solver": 3,
-    "dpm_adaptive": None,  # it keeps a tolerance, not a number of steps
-    "dpmpp_2s_a": 2,
-    "dpmpp_2m": 2,
-    "dpmpp_3m": 2,
-    "dpmpp_sde": 2,
-    "dpmpp_2m_sde": 2,
-    "dpmpp_3m_sde": 2,
-    "unipc": 3,
-    "sa_solver": 2,
-    "restart": 2,
-    "lcm": None,
-    "tcd": 1,
-    "analytic_dpm": None,
-    "er_sde": 2,
+class Solver(NamedTuple):
+    """A sampler, its order, and the paper or program that it is from."""
+
+    run: Sampler
+    order: int | None
+    source: str
+
+
+on_noise = partial(planned, of_noise=True)
+SOLVERS: dict[str, Solver] = {
+    "ddim": Solver(planned(ddim), 1, "Song et al. 2021, Eq. 12"),
+    "ddpm": Solver(planned(partial(ddim, eta=1.0)), None, "Ho et al. 2020, algorithm 2"),
+    "euler": Solver(planned(ddim), 1, "Karras et al. 2022, algorithm 1 without its correction"),
+    "euler_a": Solver(planned(partial(ddim, eta=1.0)), 1, "Crowson's k-diffusion, 2022"),
+    "heun": Solver(heun, 2, "Karras et al. 2022, algorithm 2"),
+    "dpm2": Solver(partial(dpm2_a, eta=0.0), 2, "Karras et al. 2022, after Lu et al. 2022a"),
+    "dpm2_a": Solver(dpm2_a, 2, "Crowson's k-diffusion, 2022"),
+    "lms": Solver(on_noise(lms), 2, "Crowson's k-diffusion, 2022"),
+    "plms": Solver(plms, 2, "Liu et al. 2022"),
+    "pndm": Solver(pndm, 2, "Liu et al. 2022, algorithm 2"),
+    "ipndm": Solver(on_noise(ipndm), 2, "Zhang & Chen 2023, appendix"),
+    "deis": Solver(on_noise(deis), 2, "Zhang & Chen 2023, Eq. 15"),
+    "dpm_solver": Solver(dpm_solver, 3, "Lu et al. 2022a, algorithms 1 and 2"),
+    "dpm_adaptive": Solver(dpm_adaptive, None, "Lu et al. 2022a, appendix C"),  # it keeps a tolerance
+    "dpmpp_2s_a": Solver(dpmpp_2s_a, 2, "Lu et al. 2022b, algorithm 1; ancestral as in k-diffusion"),
+    "dpmpp_2m": Solver(planned(partial(dpmpp, rule="midpoint")), 2, "Lu et al. 2022b, algorithm 2"),
+    "dpmpp_3m": Solver(planned(partial(dpmpp, points=3)), 2, "Lu et al. 2022b"),
+    "dpmpp_sde": Solver(dpmpp_sde, 2, "Lu et al. 2022b, appendix"),
+    "dpmpp_2m_sde": Solver(planned(partial(dpmpp, rule="midpoint", eta=1.0)), 2, "Lu et al. 2022b, appendix"),
+    "dpmpp_3m_sde": Solver(planned(partial(dpmpp, points=3, eta=1.0)), 2, "Crowson's k-diffusion, 2023"),
+    "unipc": Solver(planned(unipc), 3, "Zhao et al. 2023, algorithms 1 and 2"),
+    "sa_solver": Solver(planned(sa_solver), 2, "Xue et al. 2023, algorithm 1"),
+    "restart": Solver(restart, 2, "Xu et al. 2023, algorithm 1"),
+    "lcm": Solver(planned(lcm), None, "Luo et al. 2023, algorithm 3"),
+    "tcd": Solver(planned(tcd), 1, "Zheng et al. 2024, algorithm 4"),
+    "analytic_dpm": Solver(analytic_dpm, None, "Bao et al. 2022, theorem 1"),
+    "er_sde": Solver(planned(er_sde), 2, "Cui et al. 2023, algorithms 1 to 3"),
 }
+SAMPLERS: dict[str, Sampler] = {name: solver.run for name, solver in SOLVERS.items()}
+ORDERS: dict[str, int | None] = {name: solver.order for name, solver in SOLVERS.items()}
 
 
 def find_sampler(name: str) -> Sampler:

@@ -1,13 +1,15 @@
-"""What all samplers share: the step they yield, the denoiser as they call it, and the ancestral split.
+"""What all samplers share: the step they yield, the denoiser as they call it, and plans.
 
 A sampler is a generator (denoise, x, sigmas, noise, *, options) -> Step, Step, ... over falling sigmas. Its state is x
-in x = x0 + sigma * eps; levels are plain floats, so that all coefficients are arithmetic of Python.
+in x = x0 + sigma * eps; levels are plain floats, so that all coefficients are arithmetic of Python. Where a step is one
+evaluation and a sum, the levels alone decide all coefficients: such a solver is a function of the levels, its PLAN.
 """
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from jaxtyping import Float
 from torch import Tensor
@@ -19,6 +21,7 @@ State = Float[Tensor, "b ..."]
 Denoise = Callable[[Tensor, Tensor], Tensor]
 NoiseFn = Callable[[Tensor], Tensor]
 Levels = Sequence[float] | Tensor
+Grid = tuple[float, ...]
 
 
 class Step(NamedTuple):
@@ -35,7 +38,7 @@ Sampler = Callable[..., Iterator[Step]]
 class Model:
     """A denoiser called with one level for the whole batch, its answer checked: NaN is an error, not a black image."""
 
-    def __init__(self, denoise: Denoise, grid: list[float]) -> None:
+    def __init__(self, denoise: Denoise, grid: Grid) -> None:
         self.denoise = denoise
         self.grid = grid
 
@@ -52,9 +55,9 @@ class Model:
         return x0
 
 
-def begin(denoise: Denoise, x: State, sigmas: Levels) -> tuple[Model, State, list[float]]:
+def begin(denoise: Denoise, x: State, sigmas: Levels) -> tuple[Model, State, Grid]:
     """The checked denoiser, the state in fp32 or wider, and the levels as floats. UserError where they do not fall."""
-    grid: list[float] = sigmas.tolist() if isinstance(sigmas, Tensor) else [float(s) for s in sigmas]
+    grid = tuple(sigmas.tolist() if isinstance(sigmas, Tensor) else map(float, sigmas))
     if len(grid) < 2:
         raise UserError(f"a run of {max(len(grid) - 1, 0)} steps: needs at least 1")
     for s, t in pairwise(grid):
@@ -81,3 +84,50 @@ def ancestral(s: float, t: float, eta: float) -> tuple[float, float]:
 def renoise(x: State, noise: NoiseFn, up: float) -> State:
     """x with fresh noise of deviation `up`; none is drawn where up is 0."""
     return x.add(noise(x), alpha=up) if up > 0 else x
+
+
+class Row(NamedTuple):
+    """One step of a plan: x becomes lerp(x0, x, keep) + up * noise + sum(weights * past).
+
+    The past is of x0, or of x - x0, newest first, this step's own in front. The lerp alone is a first-order step, and
+    exact where the data are one point; the weights correct it. It is no x + slope * (t - s), which at sigma 1e4 loses
+    1e-4 to cancellation.
+    """
+
+    keep: float
+    up: float = 0.0
+    weights: Sequence[float] = ()
+
+
+Plan = Callable[..., list[Row]]  # (levels, *, options)
+
+
+def follow(
+    model: Model,
+    x: State,
+    grid: Grid,
+    rows: Sequence[Row],
+    noise: NoiseFn,
+    *,
+    of_noise: bool = False,
+    past: Sequence[Tensor] = (),
+) -> Iterator[Step]:
+    """The steps of a plan."""
+    for (s, t), (keep, up, weights) in zip(pairwise(grid), rows, strict=True):
+        x0 = model(x, s)
+        past = [x - x0 if of_noise else x0, *past[:3]]
+        x = renoise(x0.lerp(x, keep), noise, up)
+        for weight, value in zip(weights, past, strict=False):
+            x.add_(value, alpha=weight)
+        yield Step(x, x0, t)
+
+
+def planned(plan: Plan, *, of_noise: bool = False) -> Sampler:
+    """The sampler that follows a plan, which is worked out once for all runs over the same levels."""
+    made = lru_cache(maxsize=8)(plan)
+
+    def sampler(denoise: Denoise, x: State, sigmas: Levels, noise: NoiseFn, **options: Any) -> Iterator[Step]:
+        model, x, grid = begin(denoise, x, sigmas)
+        return follow(model, x, grid, made(grid, **options), noise, of_noise=of_noise)
+
+    return sampler
