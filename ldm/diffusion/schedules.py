@@ -9,6 +9,7 @@ Eq. 23), for vp the shifted log-SNR of simple diffusion (Hoogeboom et al. 2023).
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache, partial
 from typing import Literal
 
 import torch
@@ -70,6 +71,8 @@ class Schedule:
 
         UserError for an unknown name, n < 1, or a list that is not n + 1 levels.
         """
+        if n < 1:
+            raise UserError(f"steps is {n}: needs at least 1")
         if not isinstance(spacing, str):
             if len(spacing) != n + 1:
                 raise UserError(f"{len(spacing)} noise levels for {n} steps: give {n + 1}, falling, the last of them 0")
@@ -77,9 +80,10 @@ class Schedule:
         if spacing not in SPACINGS:
             known = ", ".join(SPACINGS)
             raise UserError(f"unknown spacing {spacing!r}{nearest(spacing, list(SPACINGS))}: choose one of {known}")
-        if n < 1:
-            raise UserError(f"steps is {n}: needs at least 1")
-        return torch.cat([SPACINGS[spacing](self, n), torch.zeros(1, dtype=torch.float64)])
+        levels = torch.cat([SPACINGS[spacing](self, n), torch.zeros(1, dtype=torch.float64)])
+        if levels.diff().max() >= 0:
+            raise UserError(f"{n} steps with {spacing} spacing are more than there are: fewer, or choose trailing")
+        return levels
 
     def quantile(self, u: Tensor) -> Tensor:
         """The level below which a share u of training falls; even u in (0, 1) stratify the density."""
@@ -119,33 +123,30 @@ def resolution_shift(tokens: float, base: float = 256.0) -> float:
 def _vp(config: ScheduleConfig) -> Schedule:
     abar = _zero_snr(alphas_bar(config)) if config.zero_snr else alphas_bar(config)
     table = ((1 - abar) / abar).sqrt() * config.shift
-    logs, steps = _Table(table.log()), _Table(torch.arange(TRAIN_STEPS, dtype=torch.float64))
+    logs, steps = table.log(), torch.arange(TRAIN_STEPS, dtype=torch.float64)
+    log_of, step_of = _through(steps, logs), _through(logs, steps)
 
     def at(step: Tensor) -> Tensor:
-        return _interpolate(step, steps, logs).exp()
+        return log_of(step).exp()
 
     def sigma(time: Tensor) -> Tensor:
         return at(time * TRAIN_STEPS - 1)
 
-    def label(level: Tensor) -> Tensor:
-        return _interpolate(level.log(), logs, steps)
-
     low, high = float(table[0]), float(table[-1])
-    return Schedule(config, sigma, at, label, low, high, (low, min(high, BLIND)))
+    return Schedule(config, sigma, at, lambda level: step_of(level.log()), low, high, (low, min(high, BLIND)))
 
 
 def _flow(config: ScheduleConfig) -> Schedule:
     shift, first, last = config.shift, 0.001, 0.999  # t = 1 is sigma = infinity
-
-    def sigma(time: Tensor) -> Tensor:
-        t = time.clamp(first, last)
-        return shift * t / (1 - t)
-
     low, high = shift * first / (1 - first), shift * last / (1 - last)
     # The noise of a unit-deviation latent is out of sight below 0.02. A last step from far above to far below that
     # would be endless in log sigma, where multistep solvers extrapolate.
     floor = max(low, 0.02)
     lowest = floor / (shift + floor)
+
+    def sigma(time: Tensor) -> Tensor:
+        t = time.clamp(first, last)
+        return shift * t / (1 - t)
 
     def at(step: Tensor) -> Tensor:
         return sigma(lowest + (last - lowest) * step / (TRAIN_STEPS - 1))
@@ -171,23 +172,19 @@ def _edm(config: ScheduleConfig) -> Schedule:
 
 def alphas_bar(config: ScheduleConfig) -> Tensor:
     """The share of signal power left after each of the 1,000 training steps: (1000,), falling."""
+    line = partial(torch.linspace, dtype=torch.float64)
     if config.betas == "cosine":  # Nichol & Dhariwal 2021, Eq. 17, betas clipped at 0.999
-
-        def share(time: Tensor) -> Tensor:
-            return ((time + 0.008) / 1.008 * math.pi / 2).cos() ** 2
-
-        grid = torch.linspace(0, 1, TRAIN_STEPS + 1, dtype=torch.float64)
-        return (share(grid[1:]) / share(grid[:-1])).clamp(min=0.001).cumprod(0)
-    linear = config.betas != "scaled_linear"
-    low, high = config.beta_range or ((1e-4, 0.02) if linear else (0.00085, 0.012))
+        share = ((line(0, 1, TRAIN_STEPS + 1) + 0.008) / 1.008 * math.pi / 2).cos() ** 2
+        return (share[1:] / share[:-1]).clamp(min=0.001).cumprod(0)
+    low, high = config.beta_range or ((0.00085, 0.012) if config.betas == "scaled_linear" else (1e-4, 0.02))
     if not 0 < low < high < 1:
         raise UserError(f"beta_range is [{low}, {high}]: needs 0 < first < last < 1")
     if config.betas == "sigmoid":  # GeoDiff (Xu et al. 2022)
-        betas = torch.linspace(-6, 6, TRAIN_STEPS, dtype=torch.float64).sigmoid() * (high - low) + low
-    elif linear:
-        betas = torch.linspace(low, high, TRAIN_STEPS, dtype=torch.float64)
+        betas = line(-6, 6, TRAIN_STEPS).sigmoid() * (high - low) + low
+    elif config.betas == "linear":
+        betas = line(low, high, TRAIN_STEPS)
     else:
-        betas = torch.linspace(low**0.5, high**0.5, TRAIN_STEPS, dtype=torch.float64) ** 2
+        betas = line(low**0.5, high**0.5, TRAIN_STEPS) ** 2
     return (1 - betas).cumprod(0)
 
 
@@ -198,22 +195,15 @@ def _zero_snr(abar: Tensor) -> Tensor:
     return (root**2).clamp(min=2.0**-24)
 
 
-class _Table:
-    """A table of numbers, copied once to each device that asks."""
+def _through(xs: Tensor, ys: Tensor) -> Map:
+    """Piecewise linear, exact on the points of a table, constant beyond them; each device has its copy once."""
+    table = lru_cache(lambda device: (xs.to(device), ys.to(device)))
 
-    def __init__(self, values: Tensor) -> None:
-        self.copies = {values.device: values}
+    def interpolate(x: Tensor) -> Tensor:
+        xs, ys = table(x.device)
+        x = x.clamp(xs[0], xs[-1])
+        right = torch.searchsorted(xs, x).clamp(1, len(xs) - 1)
+        left = right - 1
+        return torch.lerp(ys[left], ys[right], (x - xs[left]) / (xs[right] - xs[left]))
 
-    def on(self, device: torch.device) -> Tensor:
-        if device not in self.copies:
-            self.copies[device] = next(iter(self.copies.values())).to(device)
-        return self.copies[device]
-
-
-def _interpolate(x: Tensor, knots: _Table, values: _Table) -> Tensor:
-    """Piecewise linear, exact on the knots, constant beyond them."""
-    xs, ys = knots.on(x.device), values.on(x.device)
-    x = x.clamp(xs[0], xs[-1])
-    right = torch.searchsorted(xs, x).clamp(1, len(xs) - 1)
-    left = right - 1
-    return torch.lerp(ys[left], ys[right], (x - xs[left]) / (xs[right] - xs[left]))
+    return interpolate

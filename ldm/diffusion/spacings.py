@@ -7,117 +7,49 @@ after a curve (karras, exponential, ...) are even in a function of sigma, over t
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ldm.errors import UserError
-
 TRAIN_STEPS = 1000
-
-
-@runtime_checkable  # for the tests, which check annotations as they run
-class Noising(Protocol):
-    """What a spacing needs to know of a schedule."""
-
-    @property
-    def window(self) -> tuple[float, float]: ...
-
-    def sigma(self, time: Tensor) -> Tensor: ...
-
-    def at(self, step: Tensor) -> Tensor: ...
+LAST = TRAIN_STEPS - 1
+Spacing = Callable[[Any, int], Tensor]  # (an ldm.diffusion.schedules.Schedule, n)
 
 
 def _line(first: float, last: float, n: int) -> Tensor:
     return torch.linspace(first, last, n, dtype=torch.float64)
 
 
-def trailing(schedule: Noising, n: int) -> Tensor:
-    """From the last training step, at equal strides down to 0 (Lin et al. 2024, table 2)."""
-    return schedule.sigma(_line(1, 0, n + 1)[:-1])
+def _down(first: float, n: int) -> Tensor:
+    """n even values from the first, the 0 behind them left out."""
+    return _line(first, 0, n + 1)[:-1]
 
 
-def leading(schedule: Noising, n: int) -> Tensor:
-    """Whole strides up from step 1, as DDIM in CompVis: the last training steps are left out."""
-    if n > TRAIN_STEPS:
-        raise UserError(f"{n} steps with leading spacing: at most {TRAIN_STEPS}, or choose trailing")
-    return schedule.at(torch.arange(n - 1, -1, -1, dtype=torch.float64) * (TRAIN_STEPS // n) + 1)
+def _strides(n: int, stride: int) -> Tensor:
+    """n whole strides down to training step 1, both ends included."""
+    return torch.arange(n, -1, -1, dtype=torch.float64) * stride + 1
 
 
-def leading_dpm(schedule: Noising, n: int) -> Tensor:
-    """Whole strides for one step more, the lowest left out: what diffusers' DPM-Solver means by leading."""
-    if n >= TRAIN_STEPS:
-        raise UserError(f"{n} steps with this leading spacing: fewer than {TRAIN_STEPS}, or choose trailing")
-    return schedule.at(torch.arange(n, 0, -1, dtype=torch.float64) * (TRAIN_STEPS // (n + 1)) + 1)
+def _curve(of: Callable[[float], float], back: Callable[[Tensor], Tensor]) -> Spacing:
+    """Even in a function of sigma, given with its inverse."""
+    return lambda schedule, n: back(_line(of(schedule.window[1]), of(schedule.window[0]), n))
 
 
-def flow_dpm(schedule: Noising, n: int) -> Tensor:
-    """Even in time from 0.999 down: what diffusers' DPM-Solver does for flows."""
-    return schedule.sigma(_line(0.999, 0, n + 1)[:-1])
-
-
-def linspace(schedule: Noising, n: int) -> Tensor:
-    """From the last training step to the first, both included."""
-    return schedule.at(_line(TRAIN_STEPS - 1, 0, n))
-
-
-def sgm_uniform(schedule: Noising, n: int) -> Tensor:
-    """The first n of n + 1 even steps from the last training step to the first (Stability's generative models)."""
-    return schedule.at(_line(TRAIN_STEPS - 1, 0, n + 1)[:-1])
-
-
-def simple(schedule: Noising, n: int) -> Tensor:
-    """Trailing, cut down to whole training steps (ComfyUI)."""
-    if n > TRAIN_STEPS:
-        raise UserError(f"{n} steps with simple spacing: at most {TRAIN_STEPS}, or choose trailing")
-    strides = (torch.arange(n, dtype=torch.float64) * TRAIN_STEPS / n).floor()
-    return schedule.at(TRAIN_STEPS - 1 - strides)
-
-
-def beta(schedule: Noising, n: int, a: float = 0.6, b: float = 0.6) -> Tensor:
-    """Training steps at the quantiles of a Beta(a, b) density: denser at both ends (Lee et al. 2024)."""
-    # With t = sin(angle)^2 the density is sin^(2a-1) cos^(2b-1), which has no pole for the sum to miss.
+def beta(schedule: Any, n: int) -> Tensor:
+    """Training steps at the quantiles of a Beta(0.6, 0.6) density: denser at both ends (Lee et al. 2024)."""
+    # With t = sin(angle)^2 the density is (sin cos)^(2 * 0.6 - 1), which has no pole for the sum to miss.
     angle = _line(0, math.pi / 2, 20_001)
-    density = angle.sin() ** (2 * a - 1) * angle.cos().clamp(min=0) ** (2 * b - 1)
-    share = torch.cumulative_trapezoid(density, angle)
+    share = torch.cumulative_trapezoid(angle.sin() ** 0.2 * angle.cos().clamp(min=0) ** 0.2, angle)
     share = torch.cat([share.new_zeros(1), share / share[-1]])
-    wanted = _line(1, 0, n + 1)[:-1]
+    wanted = _down(1, n)
     right = torch.searchsorted(share, wanted).clamp(1, len(share) - 1)
     part = (wanted - share[right - 1]) / (share[right] - share[right - 1])
-    return schedule.at(torch.lerp(angle[right - 1], angle[right], part).sin() ** 2 * (TRAIN_STEPS - 1))
+    levels: Tensor = schedule.at(torch.lerp(angle[right - 1], angle[right], part).sin() ** 2 * LAST)
+    return levels
 
 
-def karras(schedule: Noising, n: int, rho: float = 7.0) -> Tensor:
-    """Even in sigma^(1/rho) (Karras et al. 2022, Eq. 5)."""
-    low, high = schedule.window
-    return _line(high ** (1 / rho), low ** (1 / rho), n) ** rho
-
-
-def polyexponential(schedule: Noising, n: int, rho: float = 1.0) -> Tensor:
-    """Even in log(sigma)^(1/rho) over the window (k-diffusion); at rho 1, its default, the exponential spacing."""
-    low, high = (math.log(level) for level in schedule.window)
-    return (_line(1, 0, n) ** rho * (high - low) + low).exp()
-
-
-def exponential(schedule: Noising, n: int) -> Tensor:
-    """Even in log sigma."""
-    return polyexponential(schedule, n)
-
-
-def kl_optimal(schedule: Noising, n: int) -> Tensor:
-    """Even in arctan sigma: KL-optimal for Gaussian data of unit variance (Sabour et al. 2024, section 3.2)."""
-    low, high = schedule.window
-    return _line(math.atan(high), math.atan(low), n).tan()
-
-
-# Sabour et al. 2024, the optimised schedules of their project page, for 10 steps each.
-SD1 = (14.615, 6.475, 3.861, 2.697, 1.886, 1.396, 0.963, 0.652, 0.399, 0.152, 0.029)
-SDXL = (14.615, 6.315, 3.771, 2.181, 1.342, 0.862, 0.555, 0.380, 0.234, 0.113, 0.029)
-SVD = (700.0, 54.5, 15.886, 7.977, 4.248, 1.789, 0.981, 0.403, 0.173, 0.034, 0.002)
-
-
-def align_your_steps(schedule: Noising, n: int, table: Sequence[float] = SD1) -> Tensor:
+def align_your_steps(schedule: Any, n: int, table: Sequence[float]) -> Tensor:
     """A published schedule, whatever the model's own, interpolated in log sigma to n steps; its end becomes 0."""
     logs = torch.tensor(table, dtype=torch.float64).log()
     place = _line(0, len(table) - 1, n + 1)[:-1]
@@ -125,21 +57,35 @@ def align_your_steps(schedule: Noising, n: int, table: Sequence[float] = SD1) ->
     return torch.lerp(logs[left], logs[left + 1], place - left).exp()
 
 
-Spacing = Callable[[Noising, int], Tensor]
+# Sabour et al. 2024, the optimised schedules of their project page, for 10 steps each.
+SD1 = (14.615, 6.475, 3.861, 2.697, 1.886, 1.396, 0.963, 0.652, 0.399, 0.152, 0.029)
+SDXL = (14.615, 6.315, 3.771, 2.181, 1.342, 0.862, 0.555, 0.380, 0.234, 0.113, 0.029)
+SVD = (700.0, 54.5, 15.886, 7.977, 4.248, 1.789, 0.981, 0.403, 0.173, 0.034, 0.002)
+
 SPACINGS: dict[str, Spacing] = {
-    "trailing": trailing,
-    "leading": leading,
-    "leading_dpm": leading_dpm,
-    "flow_dpm": flow_dpm,
-    "linspace": linspace,
-    "karras": karras,
-    "exponential": exponential,
-    "polyexponential": polyexponential,
-    "sgm_uniform": sgm_uniform,
-    "simple": simple,
+    # From the last training step, at equal strides down to 0 (Lin et al. 2024, table 2).
+    "trailing": lambda schedule, n: schedule.sigma(_down(1, n)),
+    # Whole strides up from step 1, as DDIM in CompVis: the last training steps are left out.
+    "leading": lambda schedule, n: schedule.at(_strides(n, TRAIN_STEPS // n)[1:]),
+    # Whole strides for one step more, the lowest left out: what diffusers' DPM-Solver means by leading.
+    "leading_dpm": lambda schedule, n: schedule.at(_strides(n, TRAIN_STEPS // (n + 1))[:-1]),
+    # Even in time from 0.999 down: what diffusers' DPM-Solver does for flows.
+    "flow_dpm": lambda schedule, n: schedule.sigma(_down(0.999, n)),
+    # From the last training step to the first, both included.
+    "linspace": lambda schedule, n: schedule.at(_line(LAST, 0, n)),
+    # Even in sigma^(1/7) (Karras et al. 2022, Eq. 5).
+    "karras": _curve(lambda sigma: sigma ** (1 / 7), lambda root: root**7),
+    # Even in log sigma; in k-diffusion polyexponential is that too, at its default of rho 1.
+    "exponential": _curve(math.log, torch.exp),
+    "polyexponential": _curve(math.log, torch.exp),
+    # The first n of n + 1 even steps from the last training step to the first (Stability's generative models).
+    "sgm_uniform": lambda schedule, n: schedule.at(_down(LAST, n)),
+    # Trailing, cut down to whole training steps (ComfyUI).
+    "simple": lambda schedule, n: schedule.at(LAST - (torch.arange(n, dtype=torch.float64) * TRAIN_STEPS / n).floor()),
     "beta": beta,
-    "kl_optimal": kl_optimal,
-    "align_your_steps": align_your_steps,
+    # Even in arctan sigma: KL-optimal for Gaussian data of unit variance (Sabour et al. 2024, section 3.2).
+    "kl_optimal": _curve(math.atan, torch.tan),
+    "align_your_steps": partial(align_your_steps, table=SD1),
     "align_your_steps_sdxl": partial(align_your_steps, table=SDXL),
     "align_your_steps_svd": partial(align_your_steps, table=SVD),
 }
