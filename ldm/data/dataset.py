@@ -9,7 +9,6 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,6 +17,7 @@ from jaxtyping import Float, Int, UInt8
 from PIL.Image import Image
 from torch import Tensor
 
+from ldm.data.folders import with_shards
 from ldm.data.images import finish, square, start
 from ldm.data.loader import Batch as Batch
 from ldm.data.loader import Dataset as Dataset
@@ -256,8 +256,8 @@ def to_image(image: UInt8[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 h w"]:
 def _open_shards(patterns: Sequence[str], config: DataConfig) -> Shards:
     if not 0 <= config.max_damaged <= 1:
         raise UserError(f"data.max_damaged {config.max_damaged} is not a share: give 0 to 1, such as 0.01")
-    cache = Cache(Path(config.copies).expanduser(), int(config.copies_gb * 1e9), config.patience)
-    shards = Shards(*patterns, tolerate=config.max_damaged, cache=cache)
+    cache = Cache.at(config.copies, config.copies_gb, config.patience)
+    shards = Shards(*with_shards(patterns, config), tolerate=config.max_damaged, cache=cache)
     remote = sorted(e.bytes for path, e in zip(shards.paths, shards.entries, strict=True) if isinstance(path, str))
     needed = sum(remote[-config.readers :])
     if needed > cache.limit:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urljoin
 
+from ldm.data.remote import COPIES, place
 from ldm.errors import UserError
 
 _sleep = time.sleep
@@ -22,22 +23,15 @@ _UNWILLING = {"noai", "noimageai", "noindex", "noimageindex"}  # in X-Robots-Tag
 
 @dataclass(frozen=True)
 class Downloads:
-    """Limits of a download; `per_host` is the number of connections that a process has to one host."""
+    """Limits of a download; `per_host` is the number of connections that a process has to one host. copies, copies_gb:
+    where remote shards are kept meanwhile, and how much of them."""
 
     timeout: float = 20.0
     retries: int = 3
     max_bytes: int = 50_000_000
     per_host: int = 8
-
-
-def place(path: str) -> tuple[Any, str]:
-    """(fsspec file system, path in it). UserError for a protocol that is unknown or whose package is missing."""
-    import fsspec
-
-    try:
-        return fsspec.core.url_to_fs(path)
-    except (ImportError, ValueError) as error:  # "Install s3fs to access S3", "Protocol not known: x"
-        raise UserError(f"cannot open {path!r}: {error}") from None
+    copies: str = COPIES
+    copies_gb: float = 50.0
 
 
 def fetch_all(references: Sequence[str], limits: Downloads) -> Iterator[bytes | UserError]:

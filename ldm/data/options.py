@@ -11,6 +11,7 @@ from typing import Any, Literal
 from ldm.data.buckets import bucket_list
 from ldm.data.captions import read_templates
 from ldm.data.images import READABLE
+from ldm.data.remote import COPIES
 from ldm.errors import UserError, nearest
 
 
@@ -75,10 +76,12 @@ class PrepareConfig:
     retries: int = _option(3, "further tries of a download that failed (3)")
     max_bytes: int = _option(50_000_000, "longest download in bytes (50000000)")
     per_host: int = _option(8, "connections to one host at a time (8)")
+    copies: str = _option(COPIES, f"folder where remote shards are kept while they are read ({COPIES})")
+    copies_gb: float = _option(50.0, "most gigabytes of them (50)")
 
     def outcome(self) -> dict[str, Any]:
         """The options that the bytes of the shards follow from."""
-        free = ("out", "engine", "workers", "timeout", "retries", "max_bytes", "per_host")
+        free = ("out", "engine", "workers", "timeout", "retries", "max_bytes", "per_host", "copies", "copies_gb")
         return {name: value for name, value in dataclasses.asdict(self).items() if name not in free}
 
     def buckets(self) -> list[tuple[int, int]]:
@@ -107,12 +110,13 @@ def check(config: PrepareConfig) -> None:
         "retries": lambda v: v >= 0,
         "max_bytes": lambda v: v >= 1,
         "per_host": lambda v: v >= 1,
+        "copies_gb": lambda v: v > 0,
     }
     ranges = {
         "size": "8 or more pixels", "bucket_step": "1 to the size", "near_distance": "0 to 16", "quality": "1 to 100",
         "max_caption": "at least the shortest", "shard_size": "1 to 10000", "holdout": "0 to less than 1, such as 0.02",
         "max_megapixels": "more than 0 and at most 178, where Pillow stops", "min_size": "0 or more",
-        "timeout": "more than 0", "retries": "0 or more",
+        "timeout": "more than 0", "copies_gb": "more than 0", "retries": "0 or more",
     }  # fmt: skip
     for name, holds in least.items():
         if not holds(getattr(config, name)):

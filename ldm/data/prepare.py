@@ -63,7 +63,8 @@ def prepare(paths: Sequence[str], config: PrepareConfig, show: Callable[[int, in
     UserError for sources or options that cannot work, for an `out` that holds another preparation or cannot be written.
     """
     check(config)
-    limits = Downloads(config.timeout, config.retries, config.max_bytes, config.per_host // max(_fetchers(config), 1))
+    per_process = config.per_host // max(_fetchers(config), 1)
+    limits = Downloads(config.timeout, config.retries, config.max_bytes, per_process, config.copies, config.copies_gb)
     sources = open_sources(paths, limits)
     names = [source.name for source in sources]
     check_names(config, names)

@@ -5,13 +5,13 @@ longest ago goes first. Every wait ends after `patience` seconds in which nothin
 """
 
 import fcntl
+import hashlib
 import os
-import secrets
 import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -20,47 +20,49 @@ from ldm.data.tars import Damaged
 from ldm.errors import UserError
 from ldm.files import flush, sha256
 
-PROTOCOLS = ("http", "https", "s3", "gs", "gcs", "hf", "az", "abfs", "memory")
+COPIES = "~/.cache/ldm/shards"
 _TRIES = 3
 _POLL = 0.02
 
 
-def filesystem(url: str) -> tuple[Any, str]:
-    """fsspec's file system of a URL, and the path in it. UserError for a protocol that is not allowed or installed."""
-    protocol = url.partition("://")[0]
-    if protocol not in PROTOCOLS:
-        raise UserError(f"shards {url!r}: give local paths or one of {', '.join(PROTOCOLS)}")
+def place(path: str) -> tuple[Any, str]:
+    """(fsspec file system, path in it). UserError for a protocol that is unknown or whose package is missing."""
     import fsspec
 
     try:
-        return fsspec.core.url_to_fs(url)
-    except ImportError as error:
-        raise UserError(f"shards {url!r} need another package: {error}") from None
+        return fsspec.core.url_to_fs(path)
+    except (ImportError, ValueError) as error:  # "Install s3fs to access S3", "Protocol not known: x"
+        raise UserError(f"cannot open {path!r}: {error}") from None
+
+
+@contextmanager
+def reaching(url: str) -> Iterator[None]:
+    """What a file system raises is a UserError: each has errors of its own. Only FileNotFoundError stays what it is."""
+    try:
+        yield
+    except (UserError, FileNotFoundError):
+        raise
+    except Exception as error:
+        raise UserError(f"{url!r} cannot be reached: {error or type(error).__name__}") from None
 
 
 def fetch_small(url: str) -> bytes | None:
     """A small file; None where there is none."""
-    system, path = filesystem(url)
-    try:
+    system, path = place(url)
+    with suppress(FileNotFoundError), reaching(url):
         return bytes(system.cat_file(path))
-    except FileNotFoundError:
-        return None
-    except Exception as error:  # every file system has its own
-        raise UserError(f"cannot read {url!r}: {error}") from None
+    return None
 
 
 def sizes(urls: Sequence[str]) -> list[int | None]:
     """The bytes of each file, -1 where the server does not tell them, None where there is no such file."""
 
     def size(url: str) -> int | None:
-        system, path = filesystem(url)
-        try:
+        system, path = place(url)
+        with suppress(FileNotFoundError), reaching(url):
             found = system.info(path)["size"]
-        except FileNotFoundError:
-            return None
-        except Exception as error:
-            raise UserError(f"cannot look for {url!r}: {error}") from None
-        return -1 if found is None else int(found)
+            return -1 if found is None else int(found)
+        return None
 
     with ThreadPoolExecutor(16) as pool:
         return list(pool.map(size, urls))
@@ -74,21 +76,26 @@ class Cache:
     limit: int
     patience: float = 60.0
 
-    def get(self, url: str, digest: str, size: int) -> Path:
-        """The local copy of a file of this sha256. Damaged where another comes, UserError where none comes."""
-        name = f"{digest[:32]}{Path(url).suffix}"
+    @classmethod
+    def at(cls, folder: str, gigabytes: float, patience: float = 60.0) -> "Cache":
+        return cls(Path(folder).expanduser(), int(gigabytes * 1e9), patience)
+
+    def get(self, url: str, digest: str, size: int, version: str = "") -> Path:
+        """The local copy of a file of this sha256, or where that is not known ("") of this version, as its server has
+        it. Damaged where another comes, UserError where none comes."""
+        size = max(size, 0)  # -1 where a server does not tell
+        name = f"{(digest or hashlib.sha256(f'{url} {version}'.encode()).hexdigest())[:32]}{Path(url).suffix}"
         path = self.folder / name
-        if self._use(path):
-            return path
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with self._lock(name, url) as lock:
-            if self._use(path):  # another process was faster
-                return path
-            with self._lock("room", url):
-                self._make_room(size, url)
-                lock.write(str(size))  # until it is there, others leave it the room
-                lock.flush()
-            self._fetch(url, path, digest, Path(lock.name))
+        while not self._use(path):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with self._held(self.folder / f".{name}.part", url) as part:
+                if not self._use(path):  # no other process was faster
+                    part.truncate(0)  # what a dead one left
+                    with self._held(self.folder / ".room", url):
+                        self._make_room(size, url)
+                        part.truncate(size)  # which others count, though it is yet to come
+                    self._fetch(url, part, digest)
+                    Path(part.name).replace(path)
         return path
 
     def _use(self, path: Path) -> bool:
@@ -99,102 +106,108 @@ class Cache:
         return True
 
     @contextmanager
-    def _lock(self, name: str, url: str) -> Iterator[IO[str]]:
-        path = self.folder / f".{name}.lock"
-        with path.open("a+") as file:
-            heard, seen = time.monotonic(), 0.0
-            while True:
-                try:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    break
-                except OSError:
-                    changed = path.stat().st_mtime
-                    if changed != seen:
-                        heard, seen = time.monotonic(), changed
-                    if time.monotonic() - heard > self.patience:
-                        raise UserError(
-                            f"waited {self.patience:g} s for another process to fetch {url!r} into {str(self.folder)!r}"
-                        ) from None
-                    time.sleep(_POLL)
-            file.truncate(0)  # what a dead process promised
+    def _held(self, path: Path, url: str) -> Iterator[IO[bytes]]:
+        """A file of this process alone. While another holds it, it is waited for as long as that one writes to it."""
+        heard, seen = time.monotonic(), 0.0
+        while (file := _locked(path)) is None:
+            with suppress(FileNotFoundError):
+                if (changed := path.stat().st_mtime) != seen:
+                    heard, seen = time.monotonic(), changed
+            if time.monotonic() - heard > self.patience:
+                raise UserError(
+                    f"waited {self.patience:g} s for another process to fetch {url!r} into {str(self.folder)!r}"
+                )
+            time.sleep(_POLL)
+        with file:
             try:
                 yield file
             finally:
-                file.truncate(0)
+                with suppress(FileNotFoundError):
+                    if path.suffix == ".part" and _same(file, path):  # it was not renamed
+                        path.unlink()
 
     def _make_room(self, size: int, url: str) -> None:
-        files = sorted(
-            (s.st_mtime, s.st_size, p) for p in self.folder.iterdir() if p.name[0] != "." and (s := p.stat())
-        )
-        used = sum(size for _, size, _ in files) + self._promised()
-        for _, held, path in files:
-            if used + size <= self.limit:
-                break
-            path.unlink()
-            used -= held
+        """Called by one process at a time. What dead ones left half done goes first."""
+        for part in self.folder.glob(".*.part"):
+            if left := _locked(part):
+                part.unlink(missing_ok=True)
+                left.close()
+        files = []
+        for path in self.folder.iterdir():
+            with suppress(FileNotFoundError):
+                files.append((path.stat().st_mtime, path.stat().st_size, path))
+        used = sum(held for _, held, _ in files)
+        for _, held, path in sorted(files):
+            if used + size > self.limit and not path.name.startswith("."):
+                path.unlink()
+                used -= held
         if used + size > self.limit:
             raise UserError(
-                f"{str(self.folder)!r} may hold {self.limit} bytes, too few for {url!r} with {size}: "
-                "raise data.copies_gb"
+                f"{str(self.folder)!r} may hold {self.limit} bytes, too few for {url!r} with {size}: raise copies_gb"
             )
 
-    def _promised(self) -> int:
-        """Bytes that other processes are fetching. What dead ones left behind goes."""
-        total = 0
-        for path in self.folder.glob(".*.lock"):
-            with path.open() as file:
-                try:
-                    fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-                except OSError:
-                    total += int(file.read() or 0)
-                else:
-                    for part in self.folder.glob(f"{path.stem}.*.part"):
-                        part.unlink(missing_ok=True)
-        return total
-
-    def _fetch(self, url: str, path: Path, digest: str, lock: Path) -> None:
-        problem: Exception = Damaged("")
+    def _fetch(self, url: str, part: IO[bytes], digest: str) -> None:
+        problem = UserError("")
         for attempt in range(_TRIES):
             time.sleep(attempt**2 * 0.2)
-            part = self.folder / f".{path.name}.{secrets.token_hex(4)}.part"
             try:
-                self._copy(url, part, lock)
-                if sha256(part) == digest:
-                    flush(part)
-                    part.replace(path)
-                    return
-                problem = Damaged(f"shard {url!r} is not what its manifest says (sha256): prepare or upload it again")
+                self._copy(url, part)
             except FileNotFoundError:
                 raise UserError(f"shard {url!r} is not there any more") from None
             except OSError as error:
                 problem = UserError(f"shard {url!r} cannot be fetched: {error}")
-            finally:
-                part.unlink(missing_ok=True)
+                continue
+            if digest in ("", sha256(Path(part.name))):
+                return flush(Path(part.name))
+            problem = Damaged(f"shard {url!r} is not what its manifest says (sha256): prepare or upload it again")
         raise problem
 
-    def _copy(self, url: str, part: Path, lock: Path) -> None:
-        """Fetch in a thread, and watch the file grow: no file system's own limits are relied on."""
+    def _copy(self, url: str, part: IO[bytes]) -> None:
+        """Fetch in a thread, and watch it: no file system's own limits are relied on."""
         failure: list[Exception] = []
+        heard, came = time.monotonic(), 0
 
         def work() -> None:
+            nonlocal came
             try:
-                system, remote = filesystem(url)
-                system.get_file(remote, str(part))
+                system, remote = place(url)
+                part.seek(0)
+                with system.open(remote, "rb") as source:
+                    while chunk := source.read(1 << 20):
+                        came += part.write(chunk)
+                part.truncate()
             except Exception as error:  # told below
                 failure.append(error)
 
         thread = threading.Thread(target=work, daemon=True)
         thread.start()
-        heard, size = time.monotonic(), -1
+        seen = 0
         while thread.is_alive():
             thread.join(_POLL)
-            grown = part.stat().st_size if part.exists() else -1
-            if grown != size:
-                heard, size = time.monotonic(), grown
-                os.utime(lock)
+            if came != seen:
+                heard, seen = time.monotonic(), came
             if time.monotonic() - heard > self.patience:
                 raise UserError(
                     f"shard {url!r} sent nothing for {self.patience:g} s: look at the server or the network"
                 )
         if failure:
             raise failure[0] if isinstance(failure[0], OSError) else OSError(str(failure[0]))
+
+
+def _locked(path: Path) -> IO[bytes] | None:
+    """The file, made where there is none and locked; None where another process has it, or has just renamed it."""
+
+    def make(name: str, flags: int) -> int:
+        return os.open(name, flags | os.O_CREAT, 0o666)
+
+    file = open(path, "r+b", buffering=0, opener=make)  # noqa: SIM115 (it is handed on)
+    with suppress(BlockingIOError, FileNotFoundError):
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if _same(file, path):
+            return file
+    file.close()
+    return None
+
+
+def _same(file: IO[bytes], path: Path) -> bool:
+    return os.path.samestat(os.fstat(file.fileno()), path.stat())

@@ -17,7 +17,7 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 
 from ldm.data import tars
-from ldm.data.remote import Cache, fetch_small, sizes
+from ldm.data.remote import Cache, fetch_small, place, reaching, sizes
 from ldm.data.tars import IMAGES, Damaged, Index, load_index, scan
 from ldm.errors import UserError
 from ldm.files import replacing, sha256, write_json
@@ -73,6 +73,11 @@ class Sample:
         if not isinstance(columns, dict):
             raise Damaged(f"{self.place} has a broken .json: it holds no fields")
         return columns
+
+    def about(self) -> dict[str, Any]:
+        """The columns, with the captions in `captions`. Damaged where they are broken or there is no caption."""
+        columns = self.columns()
+        return {**columns, "captions": self.captions(columns)}
 
     def captions(self, columns: Mapping[str, Any], column: str = "") -> list[str]:
         """The captions in a column, or `txt`; without a name, those of the column `captions`, else the .txt.
@@ -132,9 +137,13 @@ def _is_folder(name: str) -> bool:
 
 
 def _in_folder(folder: str) -> list[str]:
-    return [f"{folder.rstrip('/')}/{name}" for name in read_manifest(folder)] or sorted(
-        str(path) for path in Path(folder).glob("*.tar")
-    )
+    names = list(read_manifest(folder))
+    if not names and "://" in folder:
+        system, inside = place(folder)
+        with reaching(folder):
+            names = sorted(name.rpartition("/")[2] for name in system.glob(f"{inside}/*.tar"))
+    names = names or sorted(path.name for path in Path(folder).glob("*.tar"))
+    return [f"{folder.rstrip('/')}/{name}" for name in names]
 
 
 def write_shard(path: Path, samples: Iterable[tuple[str, Mapping[str, bytes]]]) -> Entry:
@@ -199,12 +208,14 @@ class Shards:
     """Random access to the samples of many shards, found by their manifests, or by scanning where there is none.
 
     patterns: of one source each; `sources` says of which each shard is. tolerate: share of the samples that may lie in
-    shards whose size is wrong; they are then read as far as they can be. cache: where remote shards are kept.
+    shards whose size is wrong; they are then read as far as they can be. cache: where remote shards are kept; listed:
+    whether those need a manifest, or are fetched and looked into (`versions` then tells their servers' ones apart).
     `counts` holds the samples of each shard, `ends` the number of samples up to its end.
     """
 
-    def __init__(self, *patterns: str, tolerate: float = 0.0, cache: Cache | None = None) -> None:
-        self.cache = cache
+    def __init__(self, *patterns: str, tolerate: float = 0.0, cache: Cache | None = None, listed: bool = True) -> None:
+        self.cache, self._listed = cache, listed
+        self.versions: dict[Place, str] = {}
         found = [expand(pattern) for pattern in patterns]
         self.paths = [path for paths in found for path in paths]
         self.sources = [source for source, paths in enumerate(found) for _ in paths]
@@ -236,9 +247,12 @@ class Shards:
         folder, _, name = str(path).rpartition("/")
         known = _manifest(folder or ".").get(name)
         if known is None:
-            if isinstance(path, str):
+            if isinstance(path, str) and self._listed:
                 raise UserError(f"shard {path!r} has no {MANIFEST} beside it that names it: remote shards need one")
-            return Entry(name, len(scan(Path(path))[1]), size, "")
+            if isinstance(path, str):
+                system, inside = place(path)
+                self.versions[path] = system.ukey(inside)
+            return Entry(name, len(scan(self._copy(path, "", size))[1]), size, "")
         if size not in (-1, known.bytes):
             text = f"shard {str(path)!r} has {size} bytes, its manifest says {known.bytes}: copy or prepare it again"
             broken.append((known.samples, text))
@@ -272,11 +286,13 @@ class Shards:
         return Opened(local.open("rb") if isinstance(path, Path) else None, index, check)
 
     def _local(self, shard: int) -> Path:
-        path, entry = self.paths[shard], self.entries[shard]
+        return self._copy(self.paths[shard], self.entries[shard].sha256, self.entries[shard].bytes)
+
+    def _copy(self, path: Place, digest: str, size: int) -> Path:
         if isinstance(path, Path):
             return path
         assert self.cache  # or it would have been refused
-        return self.cache.get(path, entry.sha256, entry.bytes)
+        return self.cache.get(path, digest, size, self.versions.get(path, ""))
 
     def _index(self, shard: int, local: Path) -> Index | None:
         path, entry = self.paths[shard], self.entries[shard]
@@ -313,9 +329,9 @@ class Shards:
             except FileNotFoundError:
                 continue
 
-    def samples(self, shard: int) -> list[Sample]:
-        """The samples of a shard by key, none of them read. Damaged where it is cut short or no tar."""
-        return [Sample(key, {}, "") for key in scan(self._local(shard))[0]]
+    def keys(self, shard: int) -> list[str]:
+        """The keys of a shard's samples. Damaged where it is cut short or no tar."""
+        return scan(self._local(shard))[0]
 
     def image(self, shard: int, index: int) -> bytes:
         """The bytes of the image of a sample. Damaged where there is none."""
@@ -323,9 +339,7 @@ class Shards:
 
     def describe(self, shard: int, index: int) -> dict[str, Any]:
         """The columns of a sample with its `captions`. Damaged where it has none."""
-        sample = self.sample(shard, index)
-        columns = sample.columns()
-        return {**columns, "captions": sample.captions(columns)}
+        return self.sample(shard, index).about()
 
     def runs(self) -> list["Run"]:
         """The samples of one size after another. UserError for a shard that was made without sizes."""

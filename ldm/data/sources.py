@@ -16,8 +16,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
-from ldm.data.fetch import Downloads, fetch_all, place
+import numpy as np
+
+from ldm.data.fetch import Downloads, fetch_all
+from ldm.data.order import locate
+from ldm.data.remote import Cache, place, reaching
 from ldm.data.shards import Shards
+from ldm.data.tars import Damaged
 from ldm.errors import UserError
 
 CAPTIONS = ("captions", "caption", "text", "txt", "prompt", "name", "TEXT")  # columns that hold captions, best first
@@ -82,16 +87,15 @@ def open_sources(paths: Sequence[str], limits: Downloads = Downloads()) -> list[
 
 def _open(path: str, limits: Downloads) -> Source:
     if path.endswith(".tar") or "::" in path:
-        return ShardSource(path)
+        return ShardSource(path, limits)
     system, inside = place(path)
     try:
-        kind = system.info(inside)["type"]
-        inside = inside.rstrip("/") or inside
-        found = system.find(inside, detail=True) if kind == "directory" else {}
+        with reaching(path):
+            kind = system.info(inside)["type"]
+            inside = inside.rstrip("/") or inside
+            found = system.find(inside, detail=True) if kind == "directory" else {}
     except FileNotFoundError:
         raise UserError(f"source {path!r} is not there: give a folder, a .parquet file, a list or shards") from None
-    except Exception as error:  # a remote file system raises what its client library raises
-        raise UserError(f"source {path!r} cannot be reached: {error or type(error).__name__}") from None
     remote = "://" in path
     full = {name: system.unstrip_protocol(name) if remote else name for name in sorted(found)}
     inner = {posixpath.relpath(name, inside): name for name in full}
@@ -105,7 +109,7 @@ def _open(path: str, limits: Downloads) -> Source:
         raise UserError(f"source {path!r} is neither a folder, a .parquet, .jsonl or .csv file nor shards (.tar)")
     name = posixpath.basename(inside) if remote else Path(path).resolve().name
     if any(name.endswith(".tar") and "/" not in name for name in inner):
-        return ShardSource(path)
+        return ShardSource(path, limits)
     metadata = next((n for n in ("metadata.jsonl", "metadata.csv") if n in inner), None)
     if metadata:
         listing = full[inner[metadata]]
@@ -357,29 +361,30 @@ class ParquetReferences:
 
 
 class ShardSource:
-    """Shards that exist already, by brace range or folder."""
+    """Shards that exist already, by brace range or folder. Remote ones are copied whole while they are read."""
 
-    random, downloads = True, False
+    downloads = False
 
-    def __init__(self, pattern: str) -> None:
-        self._shards = Shards(pattern)
+    def __init__(self, pattern: str, limits: Downloads) -> None:
+        self._shards = Shards(pattern, cache=Cache.at(limits.copies, limits.copies_gb), listed=False)
         first = Path(str(self._shards.paths[0]))
         self.name = first.stem if len(self._shards.paths) == 1 else first.resolve().parent.name
-        self._places = [(s, i) for s, count in enumerate(self._shards.counts) for i in range(count)]
+        self.random = not any(isinstance(path, str) for path in self._shards.paths)
 
     def ids(self) -> list[str]:
-        return [f"{self._shards.entries[s].name}/{self._shards.samples(s)[i].key}" for s, i in self._places]
+        return [f"{e.name}/{key}" for shard, e in enumerate(self._shards.entries) for key in self._shards.keys(shard)]
 
     def stamp(self) -> str:
-        return json.dumps([[entry.name, entry.bytes, entry.sha256] for entry in self._shards.entries])
+        known = zip(self._shards.paths, self._shards.entries, strict=True)
+        return json.dumps([[e.name, e.bytes, e.sha256 or self._shards.versions.get(path, "")] for path, e in known])
 
     def read(self, rows: Sequence[int]) -> Iterator[Raw | UserError]:
-        for row in rows:
-            shard, index = self._places[row]
+        shards, indices = locate(self._shards.ends, np.asarray(rows, np.int64))
+        for shard, index in zip(shards.tolist(), indices.tolist(), strict=True):
             try:
-                columns = _with_captions(self._shards.describe(shard, index))
-                yield Raw(self._shards.image(shard, index), columns)
-            except UserError as error:
+                sample = self._shards.sample(shard, index)
+                yield Raw(sample.image, _with_captions(sample.about()))
+            except Damaged as error:
                 yield UserError(f"damaged sample: {error}")
 
 

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from ldm.data.mixing import Buckets, Mixture, Rows, proportions
 from ldm.data.order import READERS, WINDOW, Ints, Order, uniforms
+from ldm.data.remote import COPIES
 from ldm.data.shards import Shards
 from ldm.errors import UserError
 
@@ -20,14 +21,16 @@ class DataConfig:
     """Where the pictures are and how they are shown.
 
     shards, validation: brace ranges, joined by `::`, or folders, local or as URLs; shards may be a mixture of sources
-    in given proportions, `a/{00..19}.tar:0.7,b:0.3`. size: pixels a side; crop: which square of a picture that is not
-    one; buckets: batches of one size, those that the shards were prepared with, in place of squares. flip: mirror half
-    of the pictures; captions: the column to draw captions from, for each source where they differ (`alt,`): empty for
-    the usual one. seed: of the order, captions, crops and flips; epochs: the most that any source is shown, 0 for no
-    end. readers: shards that are read side by side; window: how far the shuffle moves a sample along each. workers:
-    processes that decode, 0 for the training process itself. max_damaged: the share of damaged samples that others may
-    stand in for. patience: seconds to wait for data that does not come. copies, copies_gb: where copies of remote
-    shards are kept, and how much of them.
+    in given proportions, `a/{00..19}.tar:0.7,b:0.3`. A local folder may hold plain pictures, with a .txt beside each;
+    caption: theirs, in place of those; for each source where they differ (`a zqx dog|a dog`). size: pixels a side;
+    crop: which square of a picture that is not one; buckets: batches of one size, those that the shards were prepared
+    with, in place of squares. flip: mirror half of the pictures; captions: the column to draw captions from, for each
+    source where they differ (`alt,`): empty for the usual one. seed: of the order, captions, crops and flips; epochs:
+    the most that any source is shown, 0 for no end. readers: shards that are read side by side; window: how far the
+    shuffle moves a sample along each. workers: processes that decode, 0 for the training process itself. max_damaged:
+    the share of damaged samples that others may stand in for. patience: seconds to wait for data that does not come.
+    copies, copies_gb: where copies of remote shards are kept, and how much of them; shards that were made of plain
+    folders lie beside them.
     """
 
     shards: str
@@ -37,6 +40,7 @@ class DataConfig:
     buckets: bool = False
     flip: bool = False
     captions: str = ""
+    caption: str = ""
     seed: int = 0
     epochs: int = 0
     readers: int = READERS
@@ -44,7 +48,7 @@ class DataConfig:
     workers: int = 2
     max_damaged: float = 0.01
     patience: float = 300.0
-    copies: str = "~/.cache/ldm/shards"
+    copies: str = COPIES
     copies_gb: float = 50.0
 
 

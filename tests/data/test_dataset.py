@@ -40,7 +40,7 @@ def test_a_batch_is_what_lies_in_the_shards(config):
     assert torch.equal(batch["image"][0], batch["image"][2])
     shards = Shards(config.shards)
     (shard,), (index,) = (part.tolist() for part in locate(shards.ends, dataset.stream.rows(np.array([70]))))
-    assert batch["key"][1] == shards.samples(shard)[index].key
+    assert batch["key"][1] == shards.keys(shard)[index]
     assert batch["caption"][1] in shards.describe(shard, index)["captions"]
     pixels = np.asarray(decode(shards.image(shard, index)))
     assert np.array_equal(batch["image"][1].permute(1, 2, 0).numpy(), pixels)
@@ -55,8 +55,8 @@ def test_every_caption_is_drawn_and_keyed_by_position(config):
             drawn.setdefault(key, set()).add(caption)
     shards = Shards(config.shards)
     for shard in range(2):
-        for index, sample in enumerate(shards.samples(shard)):
-            assert drawn[sample.key] == set(shards.describe(shard, index)["captions"])
+        for index, key in enumerate(shards.keys(shard)):
+            assert drawn[key] == set(shards.describe(shard, index)["captions"])
     assert open_dataset(config).__getitems__([1234])["caption"] == dataset.__getitems__([1234])["caption"]
 
 
@@ -91,7 +91,7 @@ def test_validation_is_plain_and_in_order(config):
     batch = dataset.__getitems__(range(60))
     shards = Shards(config.validation)
     places = [(shard, index) for shard in range(2) for index in range(shards.counts[shard])]
-    assert batch["key"] == [shards.samples(s)[i].key for s, i in places]
+    assert batch["key"] == [shards.keys(s)[i] for s, i in places]
     assert batch["caption"] == [shards.describe(s, i)["captions"][0] for s, i in places]
     pixels = np.stack([np.asarray(decode(shards.image(s, i))) for s, i in places])
     assert np.array_equal(batch["image"].permute(0, 2, 3, 1).numpy(), pixels)

@@ -12,8 +12,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from ldm.data import prepare as module
+from ldm.data.fetch import Downloads
 from ldm.data.options import PrepareConfig
 from ldm.data.prepare import prepare
+from ldm.data.shards import write_manifest, write_shard
+from ldm.data.sources import open_sources
 from ldm.errors import UserError
 from ldm.files import sha256
 
@@ -137,3 +140,42 @@ def test_a_bucket_is_as_good_as_a_folder(bucket, tmp_path, picture, kind):
         prepare([f"{bucket}/none"], PrepareConfig(str(tmp_path / "no")), lambda *n: None)
     with pytest.raises(UserError, match="'s3://nobucket' (is not there|cannot be reached)"):
         prepare(["s3://nobucket"], PrepareConfig(str(tmp_path / "no")), lambda *n: None)
+
+
+@pytest.mark.parametrize("listed", [True, False], ids=["manifest", "bare"])
+@pytest.mark.parametrize("order", ["mixed", "source"])
+def test_shards_in_a_bucket_are_as_good_as_here(bucket, tmp_path, sample, listed, order):
+    """They are copied through a folder that holds two of the three; without a manifest as img2dataset leaves them."""
+    folder = tmp_path / "in"
+    entries = [write_shard(folder / f"{s:05d}.tar", map(sample, range(6 * s, 6 * s + 6))) for s in range(3)]
+    if listed:
+        write_manifest(folder, entries)
+    fsspec.filesystem("s3").put(f"{folder}/", f"{bucket}/in/", recursive=True)
+    room = {"copies": str(tmp_path / "copies"), "copies_gb": 2.2 * entries[0].bytes / 1e9}
+    options = {"size": 16, "shard_size": 7, "order": order, "holdout": 0.2, "workers": 1}
+    for path, out in ((str(folder), "near"), (f"{bucket}/in", "far"), (f"{bucket}/in/{{00000..00002}}.tar", "named")):
+        report = prepare([path], PrepareConfig(str(tmp_path / out), **room, **options), lambda *n: None)
+        assert report["samples"] + report["validation"]["samples"] == 18
+    near, far, named = (
+        {n: d for n, d in digests(tmp_path / out).items() if n.endswith((".tar", ".idx"))}
+        for out in ("near", "far", "named")
+    )
+    assert near == far == named and len(near) >= 6
+    copies = list((tmp_path / "copies").iterdir())
+    assert copies and sum(path.stat().st_size for path in copies) <= 2.2 * entries[0].bytes
+    with pytest.raises(UserError, match="may hold 100 bytes, too few for 's3://.*raise copies_gb"):
+        small = {"copies": str(tmp_path / "none"), "copies_gb": 1e-7}
+        prepare([f"{bucket}/in"], PrepareConfig(str(tmp_path / "no"), **small), lambda *n: None)
+
+
+def test_a_shard_that_changes_in_the_bucket_stops_the_preparation(bucket, tmp_path, sample, monkeypatch):
+    """What was counted is not what is there now: no picture is lost in silence."""
+    write_shard(tmp_path / "in/a.tar", map(sample, range(4)))
+    s3 = fsspec.filesystem("s3")
+    s3.put(str(tmp_path / "in/a.tar"), f"{bucket}/in/a.tar")
+    (source,) = open_sources([f"{bucket}/in/a.tar"], Downloads(copies=str(tmp_path / "copies")))
+    assert source.ids()[3] == "a.tar/000000003"
+    (tmp_path / "copies" / next(p.name for p in (tmp_path / "copies").glob("*.tar"))).unlink()
+    s3.rm(f"{bucket}/in/a.tar")
+    with pytest.raises(UserError, match="a.tar' is not there any more"):
+        list(source.read([0]))
