@@ -182,7 +182,7 @@ def test_a_decoder_that_overflows_is_tried_in_fp32(tiny_model: Path, always: boo
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_half_precision_paints_nearly_the_same(painter: Pipeline, tiny_model: Path, precision: str) -> None:
     half = pipeline.load(str(tiny_model), "cpu", precision)
-    assert next(half.denoiser.parameters()).dtype == pipeline.PRECISIONS[precision]
+    assert next(half.denoiser.backbone.parameters()).dtype == pipeline.PRECISIONS[precision]
     assert (half.txt2img(APPLE) - painter.txt2img(APPLE)).abs().mean() < 0.1
 
 

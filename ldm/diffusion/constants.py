@@ -35,6 +35,11 @@ def wide(x: Tensor) -> Tensor:
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 
+def column(values: Tensor, like: Tensor) -> Tensor:
+    """A value of each sample as (b, 1, 1, 1), to multiply a tensor such as `like` with."""
+    return values.view((-1,) + (1,) * (like.ndim - 1))
+
+
 def level(sigma: Sigma) -> float | None:
     """The one noise level of a whole batch, as its dtype has it; None where its samples differ."""
     known: float | None = getattr(sigma, "level", None)

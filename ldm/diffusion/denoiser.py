@@ -3,13 +3,13 @@
 import dataclasses
 from collections.abc import Callable
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ldm.conditioning import Conditioning
-from ldm.diffusion.constants import level, scalar, uniform, wide
+from ldm.diffusion.constants import column, level, scalar, uniform, wide
 from ldm.diffusion.predictions import Prediction, Scaling
 from ldm.diffusion.schedules import Schedule
 from ldm.shapes import Latent, Sigma
@@ -43,36 +43,29 @@ def evaluate(backbone: Callable[..., Tensor], z: Latent, label: Tensor, cond: An
 
 def columns(scaling: Scaling, x: Tensor) -> Scaling:
     """The factors as (b, 1, 1, 1), to multiply x with."""
-    return Scaling(*(factor.view((-1,) + (1,) * (x.ndim - 1)) for factor in scaling))
+    return Scaling(*(column(factor, x) for factor in scaling))
 
 
-class _At(NamedTuple):
-    """The factors and the label of one level; skip None is 1."""
-
-    skip: Tensor | None
-    out: float
-    inp: Tensor
-    label: Tensor
+_At = tuple[Tensor | None, float, Tensor, Tensor]  # at one level: skip (None is 1), out, inp, label
 
 
-class Denoiser(nn.Module):
-    """A backbone, what it predicts, and its schedule."""
+class Denoiser:
+    """A backbone, what it predicts, and its schedule, as one function."""
 
     def __init__(self, backbone: Callable[..., Tensor], prediction: Prediction, schedule: Schedule) -> None:
-        super().__init__()
         self.backbone = backbone
         self.prediction = prediction
         self.schedule = schedule
         # A run asks for few levels, each for its whole batch: worked out once, on the CPU in float64.
         self.at = lru_cache(4096)(self._at)
 
-    def _at(self, level: float, n: int, dtype: torch.dtype, device: torch.device) -> "_At":
+    def _at(self, level: float, n: int, dtype: torch.dtype, device: torch.device) -> _At:
         sigma = torch.tensor([level], dtype=torch.float64)
         skip, out, inp = (float(factor) for factor in self.prediction(sigma))
         label = uniform(float(self.schedule.label(sigma)), n, dtype, device)
-        return _At(None if skip == 1 else scalar(skip, dtype), out, scalar(inp, dtype), label)
+        return None if skip == 1 else scalar(skip, dtype), out, scalar(inp, dtype), label
 
-    def forward(self, x: Latent, sigma: Sigma, cond: Any) -> Latent:
+    def __call__(self, x: Latent, sigma: Sigma, cond: Any) -> Latent:
         """The expected clean latent given the noisy x at level sigma: (b, c, h, w), in fp32 or x's wider dtype."""
         x = wide(x)
         one = level(sigma)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ldm.conditioning import Conditioning, join
+from ldm.diffusion.constants import column, first
 from ldm.diffusion.guidance import Conditional, Denoise
 
 
@@ -38,7 +39,7 @@ def composed(
         rows = torch.cat([torch.arange(len(x), device=x.device), owner])
         answers = denoiser(x[rows], sigma[rows], both)
         free, bound = answers[: len(x)], answers[len(x) :]
-        change = (bound - free[owner]) * weights.to(x).view(-1, *[1] * (x.ndim - 1))
+        change = (bound - free[owner]) * column(weights.to(x), x)
         return free.index_add(0, owner, change, alpha=scale)
 
     return denoise
@@ -49,7 +50,7 @@ def by_step(sigmas: Sequence[float] | Tensor, choices: Sequence[Denoise]) -> Den
     below = [float(level) for level in sigmas[1:]]
 
     def denoise(x: Tensor, sigma: Tensor) -> Tensor:
-        at = float(sigma[0]) * (1 - 1e-6)  # fp32 sigma against float64 levels
+        at = first(sigma) * (1 - 1e-6)  # fp32 sigma against float64 levels
         step = next((i for i, level in enumerate(below) if at > level), len(below) - 1)
         return choices[step](x, sigma)
 
@@ -135,7 +136,7 @@ def consistent(
                 leaf = z.detach().requires_grad_()
                 loss = (measure(leaf) - measured).square().flatten(1).sum(1)
                 (slope,) = torch.autograd.grad(loss.sum(), leaf)
-            length = loss.view(-1, *[1] * (z.ndim - 1)) / slope.square().sum(dims, keepdim=True).clamp(min=1e-12)
+            length = column(loss, z) / slope.square().sum(dims, keepdim=True).clamp(min=1e-12)
             z = z - strength * length * slope
         return z.detach()
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ldm.conditioning import Conditioning, join
-from ldm.diffusion.constants import first, level, uniform
+from ldm.diffusion.constants import column, first, level, uniform
 from ldm.errors import UserError
 
 Denoise = Callable[[Tensor, Tensor], Tensor]
@@ -133,7 +133,8 @@ def threshold(denoise: Denoise, share: float = 0.995, limit: float = 1.0) -> Den
 
     def clipped(x: Tensor, sigma: Tensor) -> Tensor:
         x0 = denoise(x, sigma)
-        top = x0.abs().flatten(1).quantile(share, dim=1).clamp(min=limit).view(-1, *[1] * (x0.ndim - 1))
+        top = x0.abs().flatten(1).quantile(share, dim=1).clamp(min=limit)
+        top = column(top, x0)
         return x0.clamp(-top, top) * (limit / top)
 
     return clipped
@@ -149,6 +150,6 @@ def classifier(denoise: Denoise, log_prob: Callable[[Tensor, Tensor], Tensor], s
         with torch.enable_grad():
             leaf = x.detach().requires_grad_()
             (gradient,) = torch.autograd.grad(log_prob(leaf, sigma).sum(), leaf)
-        return denoise(x, sigma) + scale * sigma.view(-1, *[1] * (x.ndim - 1)) ** 2 * gradient
+        return denoise(x, sigma) + scale * column(sigma, x) ** 2 * gradient
 
     return denoise_towards

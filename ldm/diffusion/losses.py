@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ldm.diffusion.constants import column
 from ldm.diffusion.denoiser import columns, evaluate
 from ldm.diffusion.predictions import Prediction
 from ldm.diffusion.schedules import Schedule
@@ -92,7 +93,7 @@ def diffusion_loss(
     seen: the noise in the network's input, where that is not `noise`, which it shall answer (input perturbation: Ning
     et al. 2023). A network of twice the channels says its variance too: then `vlb` times its bound joins the loss.
     """
-    level = sigma.view((-1,) + (1,) * (x0.ndim - 1))
+    level = column(sigma, x0)
     x = x0 + level * noise
     scaling = columns(prediction(sigma), x)
     target = (x0 - scaling.skip * x) / scaling.out

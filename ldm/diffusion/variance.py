@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ldm.diffusion.constants import column
 from ldm.diffusion.schedules import Schedule
 from ldm.shapes import Latent, Sigma
 
@@ -33,15 +34,12 @@ def variance_bound(schedule: Schedule, x0: Latent, guess: Latent, sigma: Sigma, 
     # As the paper does: the last step has the posterior variance 0, and takes that of the one before.
     least, most = bounds(torch.where(first, schedule.at(torch.ones_like(step)), levels), below)
     most = torch.where(first, bounds(levels, torch.zeros_like(levels))[1], most)
-    least, most, moved = (_column(v, x0) for v in (least, most, 1 - (below / levels) ** 2))
+    least, most, moved = (column(v.float(), x0) for v in (least, most, 1 - (below / levels) ** 2))
+    first = column(first, x0)
     share = (said.float() + 1) / 2
     logvar = share * most + (1 - share) * least
-    gap = torch.where(_column(first.double(), x0) > 0, 1.0, moved) * (x0 - guess).float()
+    gap = torch.where(first, 1.0, moved) * (x0 - guess).float()
     likelihood = 0.5 * (math.log(2 * math.pi) + logvar + gap**2 * (-logvar).exp())
     divergence = 0.5 * (logvar - least + (least - logvar).exp() + gap**2 * (-logvar).exp() - 1)
-    nats = torch.where(_column(first.double(), x0) > 0, likelihood, divergence)
+    nats = torch.where(first, likelihood, divergence)
     return nats.flatten(1).mean(1) / math.log(2)
-
-
-def _column(value: Tensor, like: Tensor) -> Tensor:
-    return value.float().view((-1,) + (1,) * (like.ndim - 1))

@@ -10,6 +10,7 @@ from itertools import pairwise
 
 from torch import Tensor
 
+from ldm.diffusion.constants import column
 from ldm.diffusion.samplers.common import Denoise, Levels, NoiseFn, State, Step, begin
 
 
@@ -44,6 +45,6 @@ def analytic_dpm(
             moved = x0.lerp(x, kept).add(noise(x), alpha=math.sqrt(posterior + share * variance[i]))
         else:
             deviation = (posterior + share * _spread(x, x0, s)).sqrt()
-            moved = x0.lerp(x, kept) + deviation.view((-1,) + (1,) * (x.ndim - 1)) * noise(x)
+            moved = x0.lerp(x, kept) + column(deviation, x) * noise(x)
         x = moved
         yield Step(x, x0, t)
