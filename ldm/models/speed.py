@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm.errors import UserError
-from ldm.models.attention import TransformerBlock, use_attention
+from ldm.models.attention import FeedForward, TransformerBlock, use_attention
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # glibc's malloc.h
 WORTH_PACKING = 2**14  # weights
@@ -50,9 +50,7 @@ class Packed(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """As nn.Linear's, and by it where gradients are wanted."""
         weight = self.weight
-        other = weight.device.type != "cpu" or not x.dtype == weight.dtype == torch.float32
-        other = other or torch.compiler.is_compiling()  # which would take its weights for inputs
-        if other or weight.is_inference() or (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)):
+        if weight.is_inference() or not _by_hand(x, weight, torch.float32):
             return super().forward(x)
         state = (weight.data_ptr(), weight._version)  # an adapter may have changed it, or put another in its place
         packed = _PACKED.get(self)
@@ -61,6 +59,27 @@ class Packed(nn.Linear):
             packed = _PACKED[self] = (ref(weight), state, laid_out)
         answer: Tensor = torch.ops.mkldnn._linear_pointwise(x, packed[2], self.bias, "none", [], "")
         return answer
+
+
+class Fused(FeedForward):
+    """A feed-forward layer that in bf16 on a CPU adds the bias and takes the GELU inside oneDNN's product."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """As FeedForward's, and by it where gradients are wanted or an adapter has wrapped the layer."""
+        expand = self.expand
+        if type(expand) not in (nn.Linear, Packed) or not _by_hand(x, expand.weight, torch.bfloat16):
+            return super().forward(x)
+        product = torch.ops.mkldnn._linear_pointwise
+        (value, gate), (value_bias, gate_bias) = expand.weight.chunk(2), expand.bias.chunk(2)
+        gated: Tensor = product(x, gate, gate_bias, "gelu", [], "none")
+        return self.reduce(gated.mul_(product(x, value, value_bias, "none", [], "")))
+
+
+def _by_hand(x: Tensor, weight: Tensor, dtype: torch.dtype) -> bool:
+    """Whether oneDNN may be called by name: on a CPU, without gradients, outside the compiler."""
+    if weight.device.type != "cpu" or not x.dtype == weight.dtype == dtype or torch.compiler.is_compiling():
+        return False
+    return not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
 
 
 # Beside the modules, so that a copy of one does not carry it along.
@@ -77,17 +96,19 @@ def slow_blas() -> bool:
 
 
 def prepare(network: nn.Module, attention: str = "auto", compiled: bool = False) -> None:
-    """Lay a network out for inference: its convolutions channels-last, its linear layers packed where that pays.
+    """Lay a network out for inference: convolutions channels-last, linear layers packed or fused where that pays.
 
     attention: see `use_attention`; compiled: compile its transformer blocks, at their first use. UserError for an
     attention that cannot be, or where there is nothing to compile with.
     """
     network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     use_attention(network, attention)
-    if slow_blas():
-        for module in network.modules():
-            if type(module) is nn.Linear and module.weight.numel() >= WORTH_PACKING:
-                module.__class__ = Packed
+    packs, fuses = slow_blas(), native_bf16(torch.device("cpu"))
+    for module in network.modules():
+        if packs and type(module) is nn.Linear and module.weight.numel() >= WORTH_PACKING:
+            module.__class__ = Packed
+        if fuses and type(module) is FeedForward:
+            module.__class__ = Fused
     if compiled:
         _compile(network)
 

@@ -48,6 +48,15 @@ def test_long_sequences_in_bf16_go_by_tiles(monkeypatch: pytest.MonkeyPatch) -> 
     assert len(calls) == 2
 
 
+@pytest.mark.parametrize("score", [160.0, -160.0])
+def test_tiles_hold_scores_that_powers_cannot(score: float) -> None:
+    """All keys alike, so that the answer is the values' mean; as powers their weights overflow or vanish."""
+    q, k = torch.full((1, 1, 600, 16), score / 4).bfloat16(), torch.ones(1, 1, 550, 16).bfloat16()
+    v = torch.randn(1, 1, 550, 16, generator=torch.Generator().manual_seed(0)).bfloat16() + 1
+    got = attention.attend(q, k, v)
+    torch.testing.assert_close(got.float(), v.float().mean(2, keepdim=True).expand_as(got), rtol=0.01, atol=0)
+
+
 def test_xformers_gets_its_own_layout(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its kernels need a GPU: here torch's stands in for them, in xformers' layout (batch, length, heads, width)."""
 

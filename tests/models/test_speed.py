@@ -89,6 +89,30 @@ def test_packed_weights_follow_what_is_done_to_them() -> None:
         torch.testing.assert_close(layer(x.double()), nn.functional.linear(x.double(), layer.weight, layer.bias))
 
 
+def test_feed_forward_in_bf16_is_fused_where_nothing_forbids_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        pytest.skip("this processor has no kernels for bf16")
+    monkeypatch.setattr(speed, "native_bf16", lambda device: True)
+    rng = torch.Generator().manual_seed(0)
+    x, plain = torch.randn(2, 9, 32, generator=rng), attention.FeedForward(32).requires_grad_(False)
+    for p in plain.parameters():
+        p.normal_(0, 0.3, generator=rng)
+    fast = copy.deepcopy(plain)
+    speed.prepare(fast)
+    assert isinstance(fast, speed.Fused)
+    torch.testing.assert_close(fast(x), plain(x), rtol=1e-5, atol=1e-5)  # fp32 goes the plain way
+    x, fast = x.bfloat16(), fast.bfloat16()
+    wanted = plain.bfloat16().float()(x.float())
+    calls, chunk = [], torch.Tensor.chunk
+    monkeypatch.setattr(
+        torch.Tensor, "chunk", lambda self, *given, **named: calls.append(1) or chunk(self, *given, **named)
+    )
+    assert (fast(x) - wanted).norm() < 0.01 * wanted.norm()
+    assert len(calls) == 2  # of the weight and the bias
+    fast(x.requires_grad_()).sum().backward()
+    assert len(calls) == 3 and x.grad is not None  # of the product
+
+
 def test_without_need_nothing_is_packed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(speed, "slow_blas", lambda: False)
     layer = nn.Linear(256, 256)
