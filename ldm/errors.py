@@ -3,7 +3,7 @@
 import argparse
 import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NoReturn
 
 
@@ -17,6 +17,12 @@ def nearest(name: str, known: list[str]) -> str:
 
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def unknown(what: str, name: str, known: Iterable[str]) -> UserError:
+    """The error for a name that is none of the known."""
+    names = list(known)
+    return UserError(f"unknown {what} {name!r}{nearest(name, names)}: choose one of {', '.join(names)}")
 
 
 class Parser(argparse.ArgumentParser):

@@ -4,39 +4,29 @@ import csv
 import json
 import os
 import re
-import typing
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import replace
 from pathlib import Path
-from types import NoneType
 from typing import Any
 
 from ldm import config, recipe
 from ldm.errors import UserError
 from ldm.recipe import Recipe
-from ldm.request import Request, Run
+from ldm.request import Request, Run, kinds
 
 NAME = re.compile(r"[\w][\w.-]{0,99}")
 
 
-@dataclass(frozen=True)
-class Job:
-    """A request and the name of its picture, without the suffix."""
-
-    name: str
-    request: Request
-
-    def done(self, out: Path, how: Recipe) -> bool:
-        """Whether its picture, which is made so, is in the folder. UserError where something else has its name."""
-        path = out / f"{self.name}.png"
-        if not path.exists():
-            return False
-        found = recipe.read(path)
-        ours, theirs = how.made, found.made
-        same = (how.request, ours.model_hash, ours.vae) == (found.request, theirs.model_hash, theirs.vae)
-        if not same or ours.inputs != theirs.inputs or theirs.unfinished or theirs.program:
-            raise UserError(f"{str(path)!r} is there, of other settings or inputs: give another --out, or take it away")
-        return True
+def done(path: Path, how: Recipe) -> bool:
+    """Whether a picture that is made so is there. UserError where something else has its name."""
+    if not path.exists():
+        return False
+    found = recipe.read(path)
+    ours, theirs = how.made, found.made
+    same = (how.request, ours.model_hash, ours.vae) == (found.request, theirs.model_hash, theirs.vae)
+    if not same or ours.inputs != theirs.inputs or theirs.unfinished or theirs.program:
+        raise UserError(f"{str(path)!r} is there, of other settings or inputs: give another --out, or take it away")
+    return True
 
 
 def share(run: Run, *, seeded: bool) -> tuple[int, int]:
@@ -53,35 +43,29 @@ def share(run: Run, *, seeded: bool) -> tuple[int, int]:
     return int(said[0]), int(said[1])
 
 
-def read_jobs(path: Path, base: Request) -> list[Job]:
-    """The jobs in a CSV file with a row of headings, or in JSONL: fields of a Request, and `name`.
+def read_jobs(path: Path, base: Request) -> dict[str, Request]:
+    """The jobs in a CSV file with a row of headings, or in JSONL: fields of a Request, and `name`, of the picture.
 
     What a row leaves empty is as in `base`; its seed then is base's and the row's number, counted from 0. UserError
     that names the row.
     """
-    rows = _rows(path)
-    if not rows:
-        raise UserError(f"{str(path)!r} holds no jobs: write one a line")
-    jobs = []
-    for number, row in enumerate(rows):
-        if not isinstance(row, dict):
-            raise UserError(
-                f"{str(path)!r}, job {number + 1} is {str(row)[:40]!r}: needs fields such as prompt and seed"
-            )
-        values = {name: value for name, value in row.items() if value not in (None, "")}
-        name = str(values.pop("name", f"{number:05d}"))
-        if not NAME.fullmatch(name):
-            raise UserError(
-                f"{str(path)!r}, job {number + 1}: the name {name[:40]!r} is no file's: use letters and digits"
-            )
-        start = config.to_dict(replace(base, seed=base.seed + number))
+    jobs: dict[str, Request] = {}
+    for number, row in enumerate(_rows(path)):
         try:
-            jobs.append(Job(name, config.from_dict(Request, start | values)))
+            if not isinstance(row, dict):
+                raise UserError(f"it is {str(row)[:40]!r}: needs fields such as prompt and seed")
+            values = {name: value for name, value in row.items() if value not in (None, "")}
+            name = str(values.pop("name", f"{number:05d}"))
+            if not NAME.fullmatch(name):
+                raise UserError(f"the name {name[:40]!r} is no file's: use letters and digits")
+            if name in jobs:
+                raise UserError(f"another has the name {name!r} too: give each its own")
+            start = config.to_dict(replace(base, seed=base.seed + number))
+            jobs[name] = config.from_dict(Request, start | values)
         except UserError as error:
             raise UserError(f"{str(path)!r}, job {number + 1}: {error}") from None
-    names = [job.name for job in jobs]
-    if twice := next((name for name in names if names.count(name) > 1), None):
-        raise UserError(f"{str(path)!r} has two jobs of the name {twice!r}: give each its own")
+    if not jobs:
+        raise UserError(f"{str(path)!r} holds no jobs: write one a line")
     return jobs
 
 
@@ -89,7 +73,9 @@ def _rows(path: Path) -> Sequence[Any]:
     try:
         text = path.read_text(encoding="utf-8-sig")
         if path.suffix.lower() == ".csv":
-            return [_typed(row) for row in csv.DictReader(text.splitlines(keepends=True), strict=True)]
+            types = kinds(Request)
+            rows = csv.DictReader(text.splitlines(keepends=True), strict=True)
+            return [{k: _cell(v, types.get(k, str)) for k, v in row.items() if k is not None} for row in rows]
         return [json.loads(line) for line in text.splitlines() if line.strip()]
     except OSError as error:
         raise UserError(f"cannot read jobs from {str(path)!r}: {error.strerror}") from None
@@ -97,22 +83,13 @@ def _rows(path: Path) -> Sequence[Any]:
         raise UserError(f"{str(path)!r} is neither CSV nor JSONL: {error}") from None
 
 
-def _typed(row: dict[str, Any]) -> dict[str, Any]:
-    """A CSV row with its numbers as numbers; what is no number stays text, and is refused as such."""
-    hints = typing.get_type_hints(Request)
-    kinds = {
-        f.name: [k for k in typing.get_args(hints[f.name]) or [hints[f.name]] if k is not NoneType]
-        for f in fields(Request)
-    }
-    return {name: _cell(value, (kinds.get(name) or [str])[0]) for name, value in row.items() if name is not None}
-
-
-def _cell(value: Any, kind: type) -> Any:
-    if not isinstance(value, str) or kind is str or not value.strip():
-        return value
-    if kind is bool:
-        return {"true": True, "1": True, "false": False, "0": False}.get(value.strip().lower(), value)
+def _cell(text: Any, kind: type) -> Any:
+    """A number of a CSV row as a number; what is none stays text, and is refused as such."""
+    if not isinstance(text, str) or kind is str or not text.strip():
+        return text
     try:
-        return kind(value)
-    except ValueError:
-        return value
+        return (
+            {"true": True, "1": True, "false": False, "0": False}[text.strip().lower()] if kind is bool else kind(text)
+        )
+    except (KeyError, ValueError):
+        return text

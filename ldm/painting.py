@@ -6,9 +6,9 @@ import secrets
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from itertools import groupby
+from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -19,8 +19,8 @@ from ldm.canvas import Canvas, read_canvas
 from ldm.errors import UserError
 from ldm.families.vae import load_vae
 from ldm.files import replacing
-from ldm.jobs import Job, read_jobs, share
-from ldm.pipeline import Batch, Pipeline, batches, settings
+from ldm.jobs import done, read_jobs, share
+from ldm.pipeline import Batch, Pipeline, batches
 from ldm.preview import Preview, projection
 from ldm.recipe import Recipe
 from ldm.request import Request, Run
@@ -42,34 +42,34 @@ def run(run: Run, given: dict[str, Any]) -> Iterator[Path]:
     canvas = read_canvas(run.init_image, *first) if run.init_image else None
     if canvas and base.restore:
         canvas = enlarged(canvas, parse(base.restore))
-    jobs = read_jobs(run.jobs, base if canvas is None else canvas.request(base)) if run.jobs else []
+    jobs = read_jobs(run.jobs, base) if run.jobs else {}
     painter, told = _painter(run, old)
     if jobs:
-        jobs = [replace(job, request=painter.complete(job.request)) for job in jobs]
-        requests = [job.request for job in jobs]
+        requests, names = [painter.ready(request, canvas) for request in jobs.values()], list(jobs)
     else:
         prompts = run.prompt or (recipe.read_prompts(run.prompts_file) if run.prompts_file else [old.request.prompt])
         requests = painter.requests(base, prompts, run.n, canvas)
-        if run.prompts_file and "seed" in given:  # all is said, so it can go on
-            jobs = [Job(f"{i:05d}", request) for i, request in enumerate(requests)]
+        decided = run.prompts_file and "seed" in given  # so it can go on
+        names = [f"{i:05d}" for i in range(len(requests))] if decided else []
     if canvas and base.invert:
         told.append(round_trip(painter, requests[0], canvas))
     out = images.folder(run.out)
     told += painter.notes(requests)
-    work = [Work(batch) for batch in batches(requests, run.batch_size, old.made)]
-    if jobs:
-        mine = alike(jobs, run.batch_size)[number::count]
+    work = batches(requests, run.batch_size, old.made)
+    if names:
+        rest = iter(names)
+        mine = [batch._replace(names=list(islice(rest, len(batch.requests)))) for batch in work][number::count]
         work = missing(painter, mine, out, canvas)
         told = told if number == 0 else []
         left = sum(name is not None for batch in work for name in batch.names)
-        if count > 1 or left != len(jobs):
-            whole = f"{left} of {sum(len(batch.requests) for _, batch in mine)} pictures are not there yet"
+        if count > 1 or left != len(names):
+            whole = f"{left} of {sum(len(batch.requests) for batch in mine)} pictures are not there yet"
             told.append(f"process {number + 1} of {count}: {whole}")
     sys.stderr.write("".join(f"{line}\n" for line in told))
     preview = _preview(run, painter, console) if number == 0 else None
     columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, disable=number > 0 or not sys.stderr.isatty()) as bar:
-        task = bar.add_task("", total=sum(painter.steps(w.batch.requests[0]) for w in work))
+        task = bar.add_task("", total=sum(painter.steps(batch.requests[0]) for batch in work))
 
         def watch(step: int, x0: Latent) -> None:
             bar.advance(task)
@@ -81,7 +81,7 @@ def run(run: Run, given: dict[str, Any]) -> Iterator[Path]:
             written.append(path)
             yield path
     if run.grid:
-        paths = [out / f"{job.name}.png" for job in jobs] or written
+        paths = [out / f"{name}.png" for name in names] or written
         pixels = [images.to_pixels(images.to_image(images.read_picture(path))) for path in paths]
         sheet = images.sheet(pixels, run.n if len(requests) > run.n else 0)
         yield images.save_next(images.png(sheet), out, "grid-", 4)
@@ -149,47 +149,27 @@ def paint(
     yield images.to_pixels(painter.finish(latents[batch.rows], canvas)), recipes
 
 
-def alike(jobs: Sequence[Job], size: int) -> list[tuple[list[Job], Batch]]:
-    """Jobs that follow one another with the same settings, in batches."""
-    found = []
-    for _, group in groupby(jobs, key=lambda job: settings(job.request)):
-        rest = list(group)
-        for batch in batches([job.request for job in rest], size):
-            found.append((rest[: len(batch.requests)], batch))
-            rest = rest[len(batch.requests) :]
-    return found
-
-
-class Work(NamedTuple):
-    """A batch, and the names of its pictures: None where one is there already; no names for the next free numbers."""
-
-    batch: Batch
-    names: Sequence[str | None] = ()
-
-
-def missing(
-    painter: Pipeline, named: Sequence[tuple[list[Job], Batch]], out: Path, canvas: Canvas | None
-) -> list[Work]:
-    """The batches of jobs, being complete, of which not all is in the folder yet.
+def missing(painter: Pipeline, named: Sequence[Batch], out: Path, canvas: Canvas | None) -> list[Batch]:
+    """The batches, being complete, of which not all is in the folder yet; names are left of what is not.
 
     A batch is painted whole, whatever of it is done already, so that a run that was stopped and begun again writes the
     same bytes. All are looked at before any is painted: UserError where a name is taken by another picture.
     """
-    looked = [
-        Work(batch, [None if job.done(out, how) else job.name for job, how in zip(jobs, recipes, strict=True)])
-        for jobs, batch in named
-        if (recipes := painter.recipes(batch, canvas))
-    ]
-    return [work for work in looked if any(work.names)]
+    looked = []
+    for batch in named:
+        pairs = zip(batch.names, painter.recipes(batch, canvas), strict=True)
+        names = [None if done(out / f"{name}.png", how) else name for name, how in pairs]
+        looked.append(batch._replace(names=names))
+    return [batch for batch in looked if any(batch.names)]
 
 
 def paint_into(
-    painter: Pipeline, work: Sequence[Work], out: Path, canvas: Canvas | None, watch: Watch
+    painter: Pipeline, work: Sequence[Batch], out: Path, canvas: Canvas | None, watch: Watch
 ) -> Iterator[Path]:
     """Paint, and give the files that are written. What was stopped takes no job's name."""
-    for batch, names in work:
+    for batch in work:
         for pixels, recipes in paint(painter, batch, canvas, watch):
-            for picture, how, name in zip(pixels, recipes, names or [""] * len(recipes), strict=True):
+            for picture, how, name in zip(pixels, recipes, batch.names or [""] * len(recipes), strict=True):
                 data = images.png(picture, how.text())
                 if name == "":
                     yield images.save_next(data, out)

@@ -7,6 +7,7 @@ image = pipeline.txt2img(Request("a red apple", seed=1))  # (1, 3, h, w), -1 is 
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,7 +22,7 @@ from ldm.diffusion.editing import consistent, invert, windows
 from ldm.diffusion.guidance import Conditional, Denoise, interval
 from ldm.diffusion.noise import SeededNoise
 from ldm.diffusion.samplers import Step, find_sampler
-from ldm.errors import UserError, nearest
+from ldm.errors import UserError, nearest, unknown
 from ldm.families.load import load as load_model
 from ldm.families.source import INDEX
 from ldm.files import digest, digest_beside
@@ -34,6 +35,7 @@ from ldm.shapes import Image, Latent, Sigma, Sigmas
 from ldm.start import begin, decode
 from ldm.steering import Control, controlled, parse, read_controls, read_picture_prompt
 from ldm.text import inversion
+from ldm.text.prompt import WILDCARD
 from ldm.text.reader import Reader
 
 ASSETS = Path(__file__).parent / "assets"
@@ -43,10 +45,14 @@ ALONE = {"dpm_adaptive"}  # it steps as the hardest picture of its batch asks, s
 
 
 class Batch(NamedTuple):
-    """Pictures made at once, and the rows of them that are wanted."""
+    """Pictures made at once, the rows of them that are wanted, and the names of their files.
+
+    names: None where one is there already; empty for the next free numbers.
+    """
 
     requests: list[Request]
     rows: slice
+    names: Sequence[str | None] = ()
 
 
 def settings(request: Request) -> Request:
@@ -55,15 +61,18 @@ def settings(request: Request) -> Request:
 
 
 def batches(requests: Sequence[Request], size: int, made: Made | None = None) -> list[Batch]:
-    """Split the requests of a run into batches. A single one takes the place in a batch that `made` tells of.
+    """Split a run into batches of the same settings, in order. A single request takes the place that `made` tells of.
 
     There it is among as many others as when it was first made, and so the same to the last bit.
     """
-    size = 1 if requests[0].sampler in ALONE else size
     if made and len(requests) == 1:
         return [Batch([*requests] * made.batch, slice(made.row, made.row + 1))]
-    parts = [list(requests[i : i + size]) for i in range(0, len(requests), size)]
-    return [Batch(part, slice(len(part))) for part in parts]
+    found = []
+    for shared, group in groupby(requests, key=settings):
+        alike, most = list(group), 1 if shared.sampler in ALONE else size
+        parts = [alike[i : i + most] for i in range(0, len(alike), most)]
+        found += [Batch(part, slice(len(part))) for part in parts]
+    return found
 
 
 def find(model: str) -> Path:
@@ -88,8 +97,7 @@ def choose(device: str = "auto", precision: str = "auto") -> tuple[torch.device,
     if precision == "auto":
         precision = "bf16" if native_bf16(chosen) else "fp32"
     if precision not in PRECISIONS:
-        known = ", ".join(["auto", *PRECISIONS])
-        raise UserError(f"unknown precision {precision!r}{nearest(precision, list(PRECISIONS))}: choose one of {known}")
+        raise unknown("precision", precision, ["auto", *PRECISIONS])
     return chosen, precision
 
 
@@ -151,18 +159,20 @@ class Pipeline:
         self, base: Request, prompts: Sequence[str], n: int = 1, canvas: Canvas | None = None
     ) -> list[Request]:
         """Complete requests for n pictures of each prompt, in order; picture i of the run has seed base.seed + i."""
+        wanted = []
+        for i, prompt in enumerate(prompt for prompt in prompts for _ in range(n)):
+            other = base.variation_seed + (i if base.variation else 0)
+            wanted.append(replace(base, prompt=prompt, seed=base.seed + i, variation_seed=other))
+        return [self.ready(request, canvas) for request in wanted]
+
+    def ready(self, request: Request, canvas: Canvas | None = None) -> Request:
+        """`complete`, with wildcards filled in, and for the picture to start from. UserError where that is missing."""
         if canvas is not None:
-            base = canvas.request(base)
-        elif base.strength is not None or base.invert or base.restore:
-            what = "strength" if base.strength is not None else "invert" if base.invert else "restore"
+            request = canvas.request(request)
+        elif request.strength is not None or request.invert or request.restore:
+            what = "strength" if request.strength is not None else "invert" if request.invert else "restore"
             raise UserError(f"{what} is of a picture to start from: give that as --init-image")
-        wanted = [prompt for prompt in prompts for _ in range(n)]
-        made = []
-        for i, prompt in enumerate(wanted):
-            seed, other = base.seed + i, base.variation_seed + (i if base.variation else 0)
-            filled = self.reader.fill(prompt, seed)
-            made.append(self.complete(replace(base, prompt=filled, seed=seed, variation_seed=other)))
-        return made
+        return self.complete(replace(request, prompt=self.reader.fill(request.prompt, request.seed)))
 
     def steps(self, request: Request) -> int:
         """How many steps a request's run has."""
@@ -339,4 +349,6 @@ class Pipeline:
         by = f"{made.model} on {made.device} in {made.precision}"
         by += f", from {r.refiner_start:g} on {self.refiner._made.model}" if self.refiner is not None else ""
         lines = [f"{what} {requests[-1].seed}: {how}; model {by}"]
+        if wild := [name[0] for r in requests if not r.plain_prompt and (name := WILDCARD.search(r.prompt))]:
+            lines.append(f"{wild[0]} is painted as it stands: give the folder of its lines as --wildcards")
         return lines + self.reader.notes(requests)

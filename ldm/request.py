@@ -86,17 +86,26 @@ class Run:
     offload: bool = _told("keep on the device only the network that works: slower, less memory", False)
 
 
+def kinds(of: type) -> dict[str, type]:
+    """The one type of each field's value, or of its members, beside None."""
+    hints = typing.get_type_hints(of)
+    return {
+        name: next(k for k in typing.get_args(hint) or (hint,) if k not in (NoneType, Ellipsis))
+        for name, hint in hints.items()
+    }
+
+
 def add_flags(parser: argparse.ArgumentParser, of: type) -> None:
     """A flag for each field of a dataclass that tells what it is; one that is not given is None."""
-    hints = typing.get_type_hints(of)
-    told = [f for f in fields(of) if "help" in f.metadata]
+    told, types = [f for f in fields(of) if "help" in f.metadata], kinds(of)
     group = parser.add_mutually_exclusive_group() if any(f.metadata["group"] for f in told) else parser
     for f in told:
-        many = typing.get_origin(hints[f.name]) is tuple
-        kind = next(k for k in typing.get_args(hints[f.name]) or (hints[f.name],) if k not in (NoneType, Ellipsis))
-        how: dict[str, Any] = {"action": "store_true", "default": None} if kind is bool else {"type": kind}
-        how |= {"nargs": "+", "action": "extend"} if many else {}
-        how |= {"type": whole(f.metadata["least"])} if f.metadata["least"] is not None else {}
+        kind, least = types[f.name], f.metadata["least"]
+        how: dict[str, Any] = {"type": kind if least is None else whole(least)}
+        if kind is bool:
+            how = {"action": "store_true", "default": None}
+        elif f.default == ():
+            how |= {"nargs": "+", "action": "extend"}
         place = group if f.metadata["group"] else parser
         place.add_argument(f"--{f.name.replace('_', '-')}", help=f.metadata["help"], **how)
 

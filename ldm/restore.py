@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ldm.canvas import Canvas
-from ldm.errors import UserError, nearest
+from ldm.errors import UserError, unknown
 from ldm.shapes import Image
 
 
@@ -69,7 +69,7 @@ def parse(text: str) -> Damage:
     """`blur:2`, `small:4` or `grey`. UserError for another."""
     name, _, size = text.partition(":")
     if name not in DAMAGES:
-        raise UserError(f"unknown damage {name!r}{nearest(name, list(DAMAGES))}: choose one of {', '.join(DAMAGES)}")
+        raise unknown("damage", name, DAMAGES)
     make, usual, (least, most) = DAMAGES[name]
     try:
         value = float(size) if size else usual

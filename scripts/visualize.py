@@ -12,7 +12,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from ldm.errors import Parser, UserError, nearest, script, whole
+from ldm.errors import Parser, UserError, script, unknown, whole
 
 ROOT = Path(__file__).resolve().parents[1]
 PLANE = ("schedules", "forward", "trajectory", "side_by_side", "convergence")
@@ -31,7 +31,7 @@ def main() -> None:
     args, known = FLAGS.parse_args(), [*PLANE, *PAINTED]
     for name in args.only:
         if name not in known:
-            raise UserError(f"unknown figure {name!r}{nearest(name, known)}: choose of {', '.join(known)}")
+            raise unknown("figure", name, known)
 
     import torch
     from PIL import Image

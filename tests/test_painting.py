@@ -228,6 +228,22 @@ def test_each_process_has_a_gpu(command: Command, tmp_path: Path, monkeypatch: p
     assert chosen == [0, 1, 0, 1]
 
 
+def test_jobs_have_wildcards_too(command: Command, tmp_path: Path) -> None:
+    (tmp_path / "colour.txt").write_text("red\n")
+    jobs = rows(tmp_path / "jobs.jsonl", {"prompt": "a __colour__ cat"})
+    (path,) = command("--jobs", jobs, "--wildcards", tmp_path)
+    assert recipe.read(path).request.prompt == "a red cat" and "__" not in command.said
+    path.unlink()
+    (path,) = command("--jobs", jobs)
+    assert recipe.read(path).request.prompt == "a __colour__ cat"
+    assert "__colour__ is painted as it stands: give the folder of its lines as --wildcards" in command.said
+    path.unlink()
+    command("--jobs", jobs, "--plain-prompt")
+    assert "as it stands" not in command.said
+    command("--jobs", rows(jobs, {"prompt": "a cat", "strength": 0.5}), code=2)
+    assert "strength is of a picture to start from" in command.said
+
+
 def test_jobs_in_a_table(command: Command, tmp_path: Path) -> None:
     (tmp_path / "jobs.csv").write_text(
         'prompt,steps,cfg_scale,name,plain_prompt\n"a cat, red",3,2.5,x,\n"a :)",,,y,true\n'
@@ -245,10 +261,10 @@ def test_jobs_in_a_table(command: Command, tmp_path: Path) -> None:
         ("a.csv", "", "holds no jobs"),
         ("a.csv", "prompt,stepz\na,3\n", "job 1: unknown field 'stepz' .did you mean 'steps'"),
         ("a.csv", "prompt,steps\na,many\n", "job 1: steps is 'many'"),
-        ("a.csv", "prompt,name\na,x\nb,x\n", "two jobs of the name 'x'"),
+        ("a.csv", "prompt,name\na,x\nb,x\n", "job 2: another has the name 'x' too"),
         ("a.jsonl", '{"prompt": "a", "name": "../x"}', "'../x' is no file's"),
         ("a.jsonl", "{", "neither CSV nor JSONL"),
-        ("a.jsonl", "3", "job 1 is '3': needs fields"),
+        ("a.jsonl", "3", "job 1: it is '3': needs fields"),
         ("a.jsonl", '{"prompt": 3.5, "steps": "x"}', "job 1: "),
         ("absent", None, "cannot read jobs"),
     ],

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ldm.diffusion.spacings import SPACINGS, TRAIN_STEPS
-from ldm.errors import UserError, nearest
+from ldm.errors import UserError, unknown
 from ldm.shapes import Sigma, Sigmas
 
 Map = Callable[[Tensor], Tensor]
@@ -78,8 +78,7 @@ class Schedule:
                 raise UserError(f"{len(spacing)} noise levels for {n} steps: give {n + 1}, falling, the last of them 0")
             return torch.tensor(spacing, dtype=torch.float64)
         if spacing not in SPACINGS:
-            known = ", ".join(SPACINGS)
-            raise UserError(f"unknown spacing {spacing!r}{nearest(spacing, list(SPACINGS))}: choose one of {known}")
+            raise unknown("spacing", spacing, SPACINGS)
         levels = torch.cat([SPACINGS[spacing](self, n), torch.zeros(1, dtype=torch.float64)])
         if levels.diff().max() >= 0:
             raise UserError(f"{n} steps with {spacing} spacing are more than there are: fewer, or choose trailing")

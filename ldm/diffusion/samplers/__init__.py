@@ -23,7 +23,7 @@ from ldm.diffusion.samplers.singlestep import (
     pndm,
     restart,
 )
-from ldm.errors import UserError, nearest
+from ldm.errors import unknown
 
 __all__ = ["ORDERS", "SAMPLERS", "SOLVERS", "Sampler", "Step", "find_sampler"]
 
@@ -73,5 +73,5 @@ ORDERS: dict[str, int | None] = {name: solver.order for name, solver in SOLVERS.
 def find_sampler(name: str) -> Sampler:
     """The sampler of that name; UserError that names the nearest."""
     if name not in SAMPLERS:
-        raise UserError(f"unknown sampler {name!r}{nearest(name, list(SAMPLERS))}: choose one of {', '.join(SAMPLERS)}")
+        raise unknown("sampler", name, SAMPLERS)
     return SAMPLERS[name]

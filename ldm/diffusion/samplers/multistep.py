@@ -15,7 +15,7 @@ from itertools import accumulate, pairwise, zip_longest
 import numpy as np
 
 from ldm.diffusion.samplers.common import Grid, Row, check_range
-from ldm.errors import UserError
+from ldm.errors import unknown
 
 BASHFORTH = (
     (1.0,),
@@ -132,7 +132,7 @@ def _exponential(
     settle: the order falls before a last 0.
     """
     if rule not in RULES:
-        raise UserError(f"unknown rule {rule!r}: choose one of {', '.join(RULES)}")
+        raise unknown("rule", rule, RULES)
     rows = []
     amend: list[float] = []  # what the corrector changes of the step before, as weights on x0
     last = len(grid) - 2
