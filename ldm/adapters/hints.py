@@ -52,3 +52,18 @@ def draw(name: str, image: Image) -> Tensor:
     greys = ((image.detach().cpu().float().clamp(-1, 1) / 2 + 0.5) * weights).sum(1).numpy()
     drawn = torch.stack([torch.as_tensor(HINTS[name](grey)).float() for grey in greys])
     return drawn[:, None].expand(-1, 3, -1, -1).to(image.device)
+
+
+def agreement(edges: Tensor, others: Tensor, within: float = 2.0) -> float:
+    """F1 of two pictures' edges (h, w), True where one is: found is what the other has within so many pixels.
+
+    1 where neither has any.
+    """
+    from scipy.ndimage import distance_transform_edt as distance
+
+    def found(mine: Tensor, theirs: Tensor) -> float:
+        near = torch.as_tensor(distance(~theirs.numpy())) <= within if theirs.any() else torch.zeros_like(mine)
+        return float((near & mine).sum() / mine.sum()) if mine.any() else float(not theirs.any())
+
+    precision, recall = found(edges, others), found(others, edges)
+    return 2 * precision * recall / max(precision + recall, 1e-9)

@@ -216,7 +216,7 @@ class LoraConfig:
     """rank, alpha (0: as rank): of the adapters, whose change counts alpha / rank. dora: learn magnitudes beside it.
 
     targets: patterns of diffusers' names of weights; convolutions too (LoCon) with `unet.*conv?`, the text towers with
-    `text_encoder*.q_proj`. layout: whose names the file gets.
+    `text_encoder*.q_proj`. layout: whose names the file gets; half: in fp16, of half the size.
     """
 
     rank: int = 8
@@ -224,6 +224,7 @@ class LoraConfig:
     dora: bool = False
     targets: tuple[str, ...] = ("unet.*.to_?", "unet.*.to_out.0")
     layout: Literal["kohya", "diffusers"] = "kohya"
+    half: bool = False
 
     def __post_init__(self) -> None:
         if self.rank < 1 or self.alpha < 0:
@@ -272,17 +273,22 @@ class InversionRun(LdmRun):
 
 @dataclass(frozen=True)
 class DistilConfig:
-    """steps: how many the teacher takes over all noise (consistency, reflow), or twice as many as its student
-    (progressive: the student's). guidance: the teacher's, which becomes the student's own: sample it with cfg_scale 1.
+    """steps: how many the teacher takes over all noise (consistency, reflow), or its student (progressive), while the
+    teacher takes `stride` in each of those. guidance: the teacher's, which becomes the student's own: sample it with
+    cfg_scale 1. paths: so many that the teacher paints beforehand, from noise to picture, kept in `cache` for every
+    epoch and method; 0: steps of the teacher from noised pictures.
     """
 
     method: Literal["consistency", "progressive", "reflow"] = "consistency"
     steps: int = 16
+    stride: int = 2
     guidance: float = 5.0
+    paths: int = 0
 
     def __post_init__(self) -> None:
-        if self.steps < 1:
-            raise ValueError(f"steps is {self.steps}: needs 1 or more")
+        for name, least in (("steps", 1), ("stride", 1), ("paths", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} is {getattr(self, name)}: needs {least} or more")
 
 
 @dataclass(frozen=True)

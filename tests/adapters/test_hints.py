@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ldm.adapters.hints import HINTS, draw
+from ldm.adapters.hints import HINTS, agreement, draw
 from ldm.errors import UserError
 
 
@@ -31,3 +31,15 @@ def test_none_is_the_picture_itself_and_a_wrong_name_is_refused(square: torch.Te
     assert torch.equal(draw("none", square), square / 2 + 0.5)
     with pytest.raises(UserError, match="unknown hint 'cany' .did you mean 'canny'"):
         draw("cany", square)
+
+
+def test_agreement_is_the_share_of_edges_that_the_other_has_nearby() -> None:
+    edges = torch.zeros(32, 32, dtype=torch.bool)
+    edges[8], edges[20] = True, True
+    assert agreement(edges, edges) == 1 and agreement(edges, edges.roll(2, 0)) == 1
+    assert agreement(edges, edges.roll(3, 0)) == 0
+    half = edges.clone()
+    half[20] = False
+    assert agreement(edges, half) == pytest.approx(2 / 3)  # precision 1/2, recall 1
+    none = torch.zeros_like(edges)
+    assert agreement(edges, none) == 0 and agreement(none, none) == 1

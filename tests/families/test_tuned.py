@@ -26,9 +26,11 @@ from ldm.request import Request
 from ldm.text import inversion
 from ldm.text.chunks import read
 from ldm.text.reader import Reader
+from ldm.training import keyed
 from ldm.training.config import ControlRun, DistilRun, InversionRun, LoraRun
 from ldm.training.loop import train
 from ldm.training.tasks.controlnet import ControlTask
+from ldm.training.tasks.denoising import DenoisingTask
 from ldm.training.tasks.distil import SAMPLERS, DistilTask, consistency, progressive
 from ldm.training.tasks.inversion import InversionTask
 from ldm.training.tasks.lora import LoraTask
@@ -114,6 +116,16 @@ def test_a_trained_lora_works_alike_here_and_in_diffusers(
         theirs = pipe.text_encoder(ids).last_hidden_state
     assert relative(tokens, theirs) < 1e-5
     assert relative(tuned, answer(lambda z, label, cond: pipe.unet(z, label, cond.tokens).sample, theirs)) < 1e-5
+
+
+def test_a_lora_in_half_is_the_same_rounded(settings: Callable[..., LoraRun], tmp_path: Path) -> None:
+    run = settings(LoraRun, "--lora.rank", "3", "--lora.half", "true")
+    train(task := LoraTask(run), run, tmp_path / "run")
+    tensors = load_file(tmp_path / "run/model.safetensors")
+    key = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q.lora_up.weight"
+    up = task.adapters["unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"].up
+    assert tensors[key].dtype == torch.float16 and torch.equal(tensors[key], up.half())
+    assert up.dtype == torch.float32 and tensors[key].any()
 
 
 def test_a_pattern_that_fits_nothing_is_refused(settings: Callable[..., LoraRun]) -> None:
@@ -227,12 +239,18 @@ def columns(*levels: float) -> list[torch.Tensor]:
     return [torch.full((3, 1, 1, 1), level, dtype=torch.float64) for level in levels]
 
 
+def stepped(x: torch.Tensor, sigma: float, lower: float) -> tuple[torch.Tensor, ...]:
+    """Where one step of the teacher leads, and the levels."""
+    here, there = columns(sigma, lower)
+    return gaussian(x, here).lerp(x, there / here), here, there
+
+
 def test_progressive_distillation_asks_for_the_picture_to_which_one_step_leads_as_two_did() -> None:
     x = torch.randn(3, 4, 2, 2, dtype=torch.float64)
-    sigma, middle, lower = levels = columns(5.0, 2.0, 0.7)
+    sigma, middle, lower = columns(5.0, 2.0, 0.7)
     two = gaussian(x, sigma).lerp(x, middle / sigma)
     two = gaussian(two, middle).lerp(two, lower / middle)
-    one = progressive(gaussian, gaussian, x, levels).lerp(x, lower / sigma)
+    one = progressive(gaussian, x, two, sigma, lower).lerp(x, lower / sigma)
     torch.testing.assert_close(one, two)
 
 
@@ -240,10 +258,10 @@ def test_the_consistency_target_is_the_end_of_the_path_where_the_student_knows_i
     x = torch.randn(3, 4, 2, 2, dtype=torch.float64)
     errors = []
     for lower in (4.5, 4.75, 4.875):
-        wanted = consistency(gaussian, exact, x, columns(5.0, lower))
+        wanted = consistency(exact, x, *stepped(x, 5.0, lower))
         errors.append((wanted - exact(x, columns(5.0)[0])).abs().max().item())
     assert errors[0] / errors[1] > 3.5 and errors[1] / errors[2] > 3.5, "one step's error is of second order"
-    last = consistency(gaussian, exact, x, columns(0.5, 0.0))
+    last = consistency(exact, x, *stepped(x, 0.5, 0.0))
     torch.testing.assert_close(last, gaussian(x, columns(0.5)[0]))  # at the end the teacher's own answer
 
 
@@ -273,12 +291,91 @@ def test_reflow_trains_on_what_the_teacher_makes_of_the_same_noise(settings: Cal
     task = DistilTask(run)
     task.to(torch.device("cpu"))
     noise = torch.randn(1, 4, 8, 8)
-    ids = task.tokenize(["a red apple"])
-    cond, empty = task.encode_text(ids), task.encode_text(task.empty)
-    denoise = cfg(base.denoiser(), cond, empty, 2.0)
-    sigmas = task.schedule.steps(3, task.config.defaults.schedule)
+    cond, empty = task.encode_text(task.tokenize(["a red apple"])), task.encode_text(task.empty)
     with torch.no_grad():
-        *_, last = SAMPLERS_OF["euler"](
-            denoise, noise * task.schedule.start(float(sigmas[0])), sigmas, torch.randn_like
-        )
-        torch.testing.assert_close(task._made(denoise, noise), last.x, rtol=1e-4, atol=1e-4)
+        made = painted_by(base, task, noise, cond, empty)[-1]
+        sigma = torch.tensor([1.5])
+        expected = DenoisingTask.losses(task, made, sigma, noise, cond)
+        torch.testing.assert_close(task.losses(torch.zeros_like(made), sigma, noise, cond), expected)
+
+
+def painted_by(
+    base: Model, task: DistilTask, noise: torch.Tensor, cond: Conditioning, empty: Conditioning
+) -> list[torch.Tensor]:
+    """What a model paints under guidance 2 of noise, step by step."""
+    sigmas = task.grid.double()
+    x = noise * task.schedule.start(float(sigmas[0]))
+    steps = SAMPLERS_OF["dpmpp_2m"](cfg(base.denoiser(), cond, empty, 2.0), x, sigmas, torch.randn_like)
+    return [x, *(step.x for step in steps)]
+
+
+@pytest.fixture
+def along_paths(settings: Callable[..., Any], tmp_path: Path) -> Callable[..., DistilRun]:
+    """along_paths("reflow"): a run that learns from 5 paths."""
+    distil = ["--distil.paths", "5", "--distil.guidance", "2", "--cache", str(tmp_path / "paths")]
+    return lambda method, *more: settings(DistilRun, "--distil.method", method, *distil, "--optim.lr", "1e-3", *more)
+
+
+def test_paths_are_what_the_teacher_paints_and_are_painted_once(
+    along_paths: Callable[..., DistilRun], base: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = DistilTask(along_paths("progressive", "--distil.steps", "2", "--distil.stride", "3"))
+    task.to(torch.device("cpu"))
+    batch = task.dataset.__getitems__(range(5))
+    assert len(task.dataset) == 5 and sorted(batch["key"]) == [f"path {i}" for i in range(5)]
+    row = batch["key"].index("path 3")
+    cond, empty = task.encode_text(batch["tokens"][row : row + 1]), task.encode_text(task.empty)
+    assert torch.equal(batch["tokens"][row], task.pictures[3]["tokens"][0])
+    with torch.no_grad():
+        expected = painted_by(base, task, keyed.normal(0, "path", torch.tensor([3]), (4, 16, 16)), cond, empty)
+    path: Any = batch["path"][row].float() * (1 + task.grid**2).sqrt().reshape(-1, 1, 1, 1)  # type: ignore[typeddict-item]
+    assert len(path) == len(expected) == 7
+    for mine, theirs in zip(path, expected, strict=True):
+        assert relative(mine, theirs[0]) < 1e-3, "fp16"
+
+    monkeypatch.setattr(DistilTask, "_paint", lambda *_: pytest.fail("painted again"))
+    DistilTask(along_paths("consistency", "--distil.steps", "6")).to(torch.device("cpu"))  # the same levels
+    with pytest.raises(pytest.fail.Exception, match="painted again"):
+        DistilTask(along_paths("consistency", "--distil.steps", "6", "--data.seed", "1")).to(torch.device("cpu"))
+
+
+@pytest.mark.parametrize("method", SAMPLERS)
+def test_a_student_along_paths_learns_the_same_after_a_stop(
+    method: str, along_paths: Callable[..., DistilRun], tmp_path: Path
+) -> None:
+    run = along_paths(method, "--distil.steps", "4", "--run.steps", "4")
+    train(DistilTask(run), run, tmp_path / "whole")
+    for steps in ("2", "4"):
+        part = along_paths(method, "--distil.steps", "4", "--run.steps", steps)
+        task = DistilTask(part)
+        train(task, part, tmp_path / "parts")
+    one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "parts"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    moved = [not torch.equal(task.backbone.state_dict()[n], v) for n, v in task.teacher.state_dict().items()]
+    assert all(moved)
+
+
+def test_the_points_of_a_path_are_learnt_as_steps_of_the_teacher_would_be(
+    along_paths: Callable[..., DistilRun], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = DistilTask(along_paths("progressive", "--distil.steps", "2", "--distil.stride", "3"))
+    task.to(torch.device("cpu"))
+    batch: Any = task.dataset.__getitems__(range(10))
+    seen = []
+    monkeypatch.setattr(
+        task, "_distance", lambda cond, place, x, below: seen.append((place, x, below)) or x.mean((1, 2, 3))
+    )
+    task.denoising_loss(batch)
+    ((place, x, below),) = seen
+    assert set(place.tolist()) == {0, 3}
+    scale = (1 + task.grid**2).sqrt()
+    for i, at in enumerate(place.tolist()):
+        torch.testing.assert_close(x[i], batch["path"][i, at].float() * scale[at])
+        torch.testing.assert_close(below[i], batch["path"][i, at + 3].float() * scale[at + 3])
+
+
+def test_paths_need_a_folder(along_paths: Callable[..., DistilRun]) -> None:
+    with pytest.raises(UserError, match="distil.paths 5 needs a folder"):
+        DistilTask(along_paths("reflow", "--cache", ""))
+    with pytest.raises(UserError, match="stride is 0: needs 1 or more"):
+        along_paths("progressive", "--distil.stride", "0")

@@ -4,8 +4,8 @@ Each method says, of a picture at one of the teacher's noise levels, which clean
 """
 
 import copy
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,22 @@ from torch import Tensor, nn
 from ldm.adapters.lora import LowRank
 from ldm.checkpoints.native import SamplingDefaults
 from ldm.conditioning import Conditioning
+from ldm.data.loader import Dataset
 from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.guidance import Denoise, bind, cfg
+from ldm.diffusion.samplers import SAMPLERS as SOLVERS
+from ldm.errors import UserError
+from ldm.files import digest
 from ldm.shapes import Latent, Sigma
+from ldm.training import keyed
 from ldm.training.config import DistilRun
+from ldm.training.learner import Batch, Losses
+from ldm.training.meter import binned
+from ldm.training.processes import precision
+from ldm.training.progress import Bar
 from ldm.training.tasks import lora
-from ldm.training.tasks.denoising import DenoisingTask
+from ldm.training.tasks.denoising import EMBEDDED, DenoisingTask
+from ldm.training.tasks.paths import Paths, painted
 
 Column = Tensor  # (b, 1, 1, 1)
 
@@ -30,21 +40,18 @@ def _step(denoise: Denoise, x: Latent, sigma: Column, lower: Column) -> Latent:
     return denoise(x, sigma.flatten()).lerp(x, lower / sigma)
 
 
-def consistency(teacher: Denoise, student: Denoise, x: Latent, levels: list[Column]) -> Latent:
-    """What the student itself says one step of the teacher further down (Song et al. 2023; Luo et al. 2023, LCM)."""
-    sigma, lower = levels
-    below = _step(teacher, x, sigma, lower)
+def consistency(student: Denoise, x: Latent, below: Latent, sigma: Column, lower: Column) -> Latent:
+    """What the student itself says further down the teacher's path (Song et al. 2023; Luo et al. 2023, LCM)."""
     return torch.where(lower > 0, student(below, lower.clamp(min=1e-4).flatten()), below)
 
 
-def progressive(teacher: Denoise, student: Denoise, x: Latent, levels: list[Column]) -> Latent:
-    """The picture to which one step would lead where two of the teacher's led (Salimans & Ho 2022, Eq. 43)."""
-    sigma, middle, lower = levels
+def progressive(student: Denoise, x: Latent, below: Latent, sigma: Column, lower: Column) -> Latent:
+    """The picture to which one step would lead where several of the teacher's led (Salimans & Ho 2022, Eq. 43)."""
     ratio = lower / sigma
-    return (_step(teacher, _step(teacher, x, sigma, middle), middle, lower) - ratio * x) / (1 - ratio)
+    return (below - ratio * x) / (1 - ratio)
 
 
-METHODS: dict[str, Callable[[Denoise, Denoise, Latent, list[Column]], Latent]] = {
+METHODS: dict[str, Callable[[Denoise, Latent, Latent, Column, Column], Latent]] = {
     "consistency": consistency,
     "progressive": progressive,
 }
@@ -55,16 +62,23 @@ SMOOTH = 0.03  # of the pseudo-Huber distance, a number of the latents' deviatio
 class DistilTask(DenoisingTask):
     """The distance between the student's answer and what the method wants of it.
 
-    `reflow` is the plain loss, of pictures that the teacher made of the very noise they are mixed with (Liu et al.
-    2023, rectified flow): straight paths.
+    The teacher goes from `x` to `below` it from noised pictures of the data, or went before: with `distil.paths`, from
+    noise to picture, guided, by DPM-Solver++(2M). `reflow` is the plain loss, of pictures that the teacher made of the
+    very noise they are mixed with (Liu et al. 2023, rectified flow): straight paths.
     """
 
     def __init__(self, config: DistilRun) -> None:
+        if config.distil.paths and not config.cache:
+            raise UserError(f"distil.paths {config.distil.paths} needs a folder to keep them in: give cache one")
         super().__init__(config)
-        if config.defaults == SamplingDefaults():  # as the student is sampled, where nothing else is said
-            how = replace(self.config.defaults, sampler=SAMPLERS[config.distil.method], steps=4, cfg_scale=1.0)
-            self.config = replace(self.config, defaults=how)
         self.distil, self.adapters = config.distil, dict[str, LowRank]()
+        alone = self.distil.method == "progressive"  # its steps are the student's, each some of the teacher's
+        self.stride = self.distil.stride if alone else 1
+        if config.defaults == SamplingDefaults():  # as the student is sampled, where nothing else is said
+            count, sampler = self.distil.steps if alone else 4, SAMPLERS[self.distil.method]
+            self.config = replace(
+                self.config, defaults=replace(self.config.defaults, sampler=sampler, steps=count, cfg_scale=1.0)
+            )
         self.teacher = copy.deepcopy(self.backbone).requires_grad_(False)
         self.text.requires_grad_(False)
         self.trains_text, self.lora = False, config.lora
@@ -74,50 +88,110 @@ class DistilTask(DenoisingTask):
             self.adapters = lora.wear(self.model(), self.lora, config.run.seed)
             self.networks = {"adapters": lora.as_network(self.adapters)}
         self.averaged = tuple(self.networks)
-        self.fine = 2 if self.distil.method == "progressive" else 1  # the teacher's steps in one of the student's
-        steps = self.schedule.steps(self.distil.steps * self.fine, self.config.defaults.schedule)
+        steps = self.schedule.steps(self.distil.steps * self.stride, self.config.defaults.schedule)
         self.grid = torch.as_tensor([float(level) for level in steps], dtype=torch.float32)
 
     def to(self, device: torch.device) -> None:
-        super().to(device)
         self.teacher.to(device)
         self.grid = self.grid.to(device)
+        super().to(device)
 
     def levels(self, u: Tensor) -> Sigma:
-        if self.distil.method == "reflow":
-            return super().levels(u)
-        return self.grid[self._place(u)]
+        return super().levels(u) if self.distil.method == "reflow" else self.grid[self._place(u)]
 
     def _place(self, u: Tensor) -> Tensor:
-        return (u * self.distil.steps).long().clamp(max=self.distil.steps - 1) * self.fine
+        return (u * self.distil.steps).long().clamp(max=self.distil.steps - 1) * self.stride
+
+    def _level(self, place: Tensor) -> Column:
+        return self.grid[place].reshape(-1, 1, 1, 1)
+
+    def _guided(self, cond: Conditioning) -> Denoise:
+        """The teacher."""
+        empty = self.encode_text(self.empty.expand(len(cond), -1))
+        return cfg(Denoiser(self.teacher, self.prediction, self.schedule), cond, empty, self.distil.guidance)
 
     def losses(
         self, x0: Latent, sigma: Sigma, noise: Latent, cond: Conditioning, *, seen: Latent | None = None,
         network: nn.Module | None = None,
     ) -> Tensor:  # fmt: skip
-        """The loss of each sample (b,)."""
-        empty = self.encode_text(self.empty.expand(len(x0), -1))
-        teacher = cfg(Denoiser(self.teacher, self.prediction, self.schedule), cond, empty, self.distil.guidance)
-        student = bind(Denoiser(self.backbone, self.prediction, self.schedule), cond)
+        """The loss of each sample (b,), from pictures."""
+        teacher = self._guided(cond)
         if self.distil.method == "reflow":
             with torch.no_grad():
-                x0 = self._made(teacher, noise)
+                *_, (_, x0) = self._path(teacher, noise)
             return super().losses(x0, sigma, noise, cond, seen=seen)
         place = (self.grid == sigma[:, None]).int().argmax(1)
-        levels = [self.grid[place + i].reshape(-1, 1, 1, 1) for i in range(self.fine + 1)]
-        x = x0 + levels[0] * noise
+        below = x = x0 + self._level(place) * noise
         with torch.no_grad():
-            wanted = METHODS[self.distil.method](teacher, student, x, levels)
-        away = (student(x, sigma) - wanted).square().flatten(1).mean(1)
+            for i in range(self.stride):
+                below = _step(teacher, below, self._level(place + i), self._level(place + i + 1))
+        return self._distance(cond, place, x, below)
+
+    def _distance(self, cond: Conditioning, place: Tensor, x: Latent, below: Latent) -> Tensor:
+        student = bind(Denoiser(self.backbone, self.prediction, self.schedule), cond)
+        sigma, lower = self._level(place), self._level(place + self.stride)
+        with torch.no_grad():
+            wanted = METHODS[self.distil.method](student, x, below, sigma, lower)
+        away = (student(x, sigma.flatten()) - wanted).square().flatten(1).mean(1)
         return (away + SMOOTH**2).sqrt() - SMOOTH
 
-    def _made(self, teacher: Denoise, noise: Latent) -> Latent:
-        """What the teacher makes of noise."""
-        x = noise * self.schedule.start(float(self.grid[0]))
-        for sigma, lower in zip(self.grid[:-1], self.grid[1:], strict=True):
-            levels = (level.expand(len(x)).reshape(-1, 1, 1, 1) for level in (sigma, lower))
-            x = _step(teacher, x, *levels)
-        return x
+    def denoising_loss(self, batch: Batch) -> Losses:
+        if "path" not in batch:
+            return super().denoising_loss(batch)
+        path, u = batch["path"], keyed.uniform(self.seed, "sigma", batch["position"])
+        cond = self.encode_text(batch["tokens"], batch.get("size_ids"))
+        if self.distil.method == "reflow":
+            losses = super().losses(path[:, -1].float(), self.levels(u), path[:, 0].float(), cond)
+        else:
+            each, place = torch.arange(len(u), device=u.device), self._place(u)
+            x, below = (
+                path[each, at].float() * (1 + self._level(at) ** 2).sqrt() for at in (place, place + self.stride)
+            )
+            losses = self._distance(cond, place, x, below)
+        return {"loss": losses.mean(), "loss_by_sigma": binned(losses.detach(), u)}
+
+    def _encoded(self, folder: str) -> Dataset:
+        """With `distil.paths`, these in place of the pictures' latents: painted now, or read where they are."""
+        if not self.distil.paths:
+            return super()._encoded(folder)
+        config, data = self.config, self.config.data
+        files = [
+            EMBEDDED if name == "embedded" else Path(name) for name in (config.weights, config.text.weights) if name
+        ]
+        order = (data.shards, data.captions, data.size, data.seed, data.readers, data.window)
+        made = (asdict(config.schedule), config.prediction, self.distil.guidance, config.run.precision, config.run.seed)
+        entries = self.pictures.shards.entries
+        about = [[digest(file) for file in files], [e.sha256 for e in entries], order, made, self.grid.tolist()]
+        with Bar(self.distil.paths) as bar:
+
+            def show(done: int, total: int) -> None:
+                bar.step(done - bar.done)
+                bar.show("paths painted")
+
+            paths = painted(Path(folder), self.distil.paths, about, self._paint, show)
+        return Paths(paths, self.distil.paths, data.seed)
+
+    @torch.no_grad()
+    def _paint(self, positions: range) -> dict[str, Tensor]:
+        """Paths of the captions at some positions of the data: each x by its deviation, sqrt(1 + sigma^2)."""
+        batch = self.pictures.__getitems__(positions)
+        side = self.config.data.size // self.autoencoder.factor
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision(self.config.run))
+        with torch.autocast(self.device.type, dtype, enabled=dtype is not None):
+            cond = self.encode_text(batch["tokens"].to(self.device), batch["size_ids"].to(self.device))
+            noise = keyed.normal(
+                self.seed, "path", batch["position"].to(self.device), (self.autoencoder.config.z_channels, side, side)
+            )
+            path = [x.float() / (1 + sigma**2) ** 0.5 for sigma, x in self._path(self._guided(cond), noise)]
+        return {"path": torch.stack(path, 1).half(), "tokens": batch["tokens"], "size_ids": batch["size_ids"]}
+
+    def _path(self, teacher: Denoise, noise: Latent) -> Iterator[tuple[float, Latent]]:
+        """Each level and what the teacher has there, from noise of deviation 1 to a picture."""
+        levels = self.grid.tolist()
+        x = noise * self.schedule.start(levels[0])
+        yield levels[0], x
+        for step in SOLVERS["dpmpp_2m"](teacher, x, levels, torch.zeros_like):
+            yield step.sigma, step.x
 
     def export(self, path: Path, provenance: dict[str, Any]) -> None:
         """Write the student, or its adapters."""

@@ -3,6 +3,7 @@
 With instance pictures and the model's own pictures of the class it is DreamBooth (Ruiz et al. 2022, arXiv:2208.12242).
 """
 
+import copy
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from itertools import groupby
@@ -85,6 +86,8 @@ def write(
     path: Path, model: Model, adapters: Mapping[str, LowRank], config: LoraConfig, facts: Mapping[str, str]
 ) -> None:
     """The file of a model's trained adapters."""
+    if config.half:
+        adapters = {name: copy.deepcopy(adapter).half() for name, adapter in adapters.items()}
     towers = 2 if model.spec.text is not None and model.spec.text.second is not None else 1
     metadata = lora_out.kohya_metadata(config.rank, config.alpha or config.rank, **facts)
     lora_out.write(path, adapters, metadata, config.layout, towers=towers)
