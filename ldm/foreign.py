@@ -31,8 +31,14 @@ A1111_SAMPLERS = {
 }
 SCHEDULES = {"normal": "linspace", "ddim_uniform": "leading", "uniform": "linspace"}
 FIELD = re.compile(r'\s*([\w ]+?):\s*("(?:\\.|[^\\"])*"|[^,\n]*)(?:,|$)')
-INTS = {"Steps": "steps", "Seed": "seed", "Clip skip": "clip_skip", "Variation seed": "variation_seed"}
-FLOATS = {"CFG scale": "cfg_scale", "Variation seed strength": "variation"}
+NUMBERS: dict[str, tuple[str, type]] = {
+    "Steps": ("steps", int),
+    "CFG scale": ("cfg_scale", float),
+    "Seed": ("seed", int),
+    "Clip skip": ("clip_skip", int),
+    "Variation seed": ("variation_seed", int),
+    "Variation seed strength": ("variation", float),
+}
 
 
 def fields_of(parameters: str) -> dict[str, str]:
@@ -46,8 +52,7 @@ def a1111(parameters: str) -> Request:
     known = fields_of(parameters)
     above = re.split(r"^Steps: ", parameters, maxsplit=1, flags=re.MULTILINE)[0]
     prompt, _, negative = above.partition("Negative prompt:")
-    found: dict[str, Any] = {ours: _number(known.get(theirs), int) for theirs, ours in INTS.items()}
-    found |= {ours: _number(known.get(theirs), float) for theirs, ours in FLOATS.items()}
+    found = {ours: _number(known.get(theirs, ""), kind) for theirs, (ours, kind) in NUMBERS.items()}
     size = re.fullmatch(r"(\d{1,6})x(\d{1,6})", known.get("Size", ""))
     found |= {"width": int(size[1]), "height": int(size[2])} if size else {}
     name, schedule = known.get("Sampler", ""), known.get("Schedule type", "")
@@ -62,17 +67,16 @@ def comfyui(graph: str) -> Request | None:
     try:
         nodes = json.loads(graph)
     except (ValueError, RecursionError):
-        return None
-    if not isinstance(nodes, dict):
-        return None
-    samplers = [node for node in nodes.values() if "positive" in _inputs(node) and "latent_image" in _inputs(node)]
+        nodes = None
+    parts = nodes.values() if isinstance(nodes, dict) else []
+    samplers = [node for node in parts if {"positive", "latent_image"} <= _inputs(node).keys()]
     if not samplers:
         return None
     first = next((s for s in samplers if "width" in _inputs(_linked(nodes, s, "latent_image"))), samplers[0])
     inputs, size = _inputs(first), _inputs(_linked(nodes, first, "latent_image"))
     values = {"steps": "steps", "cfg_scale": "cfg", "seed": "seed" if "seed" in inputs else "noise_seed"}
-    found: dict[str, Any] = {ours: _value(inputs.get(theirs)) for ours, theirs in values.items()}
-    found |= {side: _value(size.get(side)) for side in ("width", "height")}
+    said = {ours: inputs.get(theirs) for ours, theirs in values.items()} | {s: size.get(s) for s in ("width", "height")}
+    found = {k: v for k, v in said.items() if isinstance(v, (int, float)) and not isinstance(v, bool)}
     name = str(inputs.get("sampler_name", ""))
     sampler = re.sub("^dpm_2", "dpm2", name.replace("uni_pc", "unipc").replace("_ancestral", "_a"))
     texts = [_text(nodes, _linked(nodes, first, side)) for side in ("positive", "negative")]
@@ -89,15 +93,11 @@ def _request(prompt: str, negative: str, sampler: str | None, schedule: str, fou
     return Request(prompt, negative, sampler=chosen, schedule=spacing, **values)
 
 
-def _number(text: str | None, kind: type) -> Any:
+def _number(text: str, kind: type) -> Any:
     try:
-        return kind((text or "")[:40])
+        return kind(text[:40])
     except ValueError:
         return None
-
-
-def _value(value: Any) -> Any:
-    return value if isinstance(value, (int, float)) and not isinstance(value, bool) else None
 
 
 def _unquoted(text: str) -> str:

@@ -49,9 +49,8 @@ class Made:
     def check(self, made: "Made") -> list[str]:
         """UserError where a picture was made by other means than these; a note where another program made it."""
         if made.program:
-            return [
-                f"the picture is {made.program}'s, of the model {made.model or 'unknown'!r}: it will be another one"
-            ]
+            model = made.model or "unknown"
+            return [f"the picture is {made.program}'s, of the model {model!r}: it will be another one"]
         if made.model_hash != self.model_hash:
             theirs, ours = (f"{m.model!r} ({m.model_hash[:10]})" for m in (made, self))
             raise UserError(f"the picture was made with the model {theirs}, not {ours}: give that file as --model")
@@ -59,9 +58,8 @@ class Made:
         if missing := sorted(set(made.inputs.items()) - set(self.inputs.items()) - canvas):
             raise UserError(f"the picture was made with the {missing[0][0]} ({missing[0][1][:10]}): give that file too")
         if made.vae != self.vae:
-            raise UserError(
-                f"the picture was decoded by the autoencoder {made.vae or 'of the model'!r}: give that as --vae"
-            )
+            vae = made.vae or "of the model"
+            raise UserError(f"the picture was decoded by the autoencoder {vae!r}: give that as --vae")
         return []
 
 
@@ -89,34 +87,32 @@ class Recipe:
         """The recipe as AUTOMATIC1111's web UI writes it."""
         r, made = self.request, self.made
         sampler = A1111_SAMPLERS.get(r.sampler or "", r.sampler)
-        fields: dict[str, Any] = {
+        larger = r.upscale > 1
+        said: dict[str, Any] = {
             "Steps": r.steps,
             "Sampler": f"{sampler} Karras" if r.schedule == "karras" else sampler,
-            "CFG scale": f"{r.cfg_scale:g}",
+            "CFG scale": r.cfg_scale,
             "Seed": r.seed,
             "Size": f"{r.width}x{r.height}",
             "Model hash": made.model_hash[:10],
             "Model": made.model,
+            "Clip skip": r.clip_skip,
+            "VAE": made.vae,
+            "Denoising strength": r.upscale_strength if larger else r.strength,
+            "Hires upscale": r.upscale if larger else None,
+            "Refiner": next((f"{k[8:]} [{v[:10]}]" for k, v in made.inputs.items() if k.startswith("refiner ")), None),
+            "Refiner switch at": r.refiner_start,
+            "Variation seed": r.variation_seed if r.variation else None,
+            "Variation seed strength": r.variation or None,
+            "Unfinished": made.unfinished,
         }
-        fields |= {"Clip skip": r.clip_skip} if r.clip_skip else {}
-        fields |= {"VAE": made.vae} if made.vae else {}
-        fields |= {"Denoising strength": f"{r.strength:g}"} if r.strength is not None else {}
-        if r.upscale > 1:
-            fields |= {"Denoising strength": f"{r.upscale_strength:g}", "Hires upscale": f"{r.upscale:g}"}
-        if r.refiner_start is not None:
-            name, found = next((i for i in made.inputs.items() if i[0].startswith("refiner ")), ("", ""))
-            fields |= {"Refiner": f"{name.removeprefix('refiner ')} [{found[:10]}]"}
-            fields |= {"Refiner switch at": f"{r.refiner_start:g}"}
-        if r.variation:
-            fields |= {"Variation seed": r.variation_seed, "Variation seed strength": f"{r.variation:g}"}
-        fields |= {"Unfinished": made.unfinished} if made.unfinished else {}
-        negative = [f"Negative prompt: {r.negative}"] if r.negative else []
-        return "\n".join([r.prompt, *negative, ", ".join(f"{key}: {_quote(value)}" for key, value in fields.items())])
+        listed = ", ".join(f"{key}: {_quote(value)}" for key, value in said.items() if value not in (None, ""))
+        return "\n".join([r.prompt, *([f"Negative prompt: {r.negative}"] if r.negative else []), listed])
 
 
 def _quote(value: Any) -> str:
     """Text as it is, or as a JSON string where it holds what separates the fields."""
-    text = str(value)
+    text = f"{value:g}" if isinstance(value, float) else str(value)
     return json.dumps(text, ensure_ascii=False) if set(text) & set(',:\n"') else text
 
 
@@ -143,10 +139,9 @@ def read(path: str | Path) -> Recipe:
 
 
 def _foreign(path: str | Path, text: dict[str, str]) -> Recipe:
-    parameters = text.get("parameters", "")
-    if "Steps: " in parameters:
-        fields = fields_of(parameters)
-        made = Made(fields.get("Model", ""), fields.get("Model hash", ""), program="AUTOMATIC1111")
+    if "Steps: " in (parameters := text.get("parameters", "")):
+        said = fields_of(parameters)
+        made = Made(said.get("Model", ""), said.get("Model hash", ""), program="AUTOMATIC1111")
         return Recipe(a1111(parameters), made)
     request = comfyui(text.get("prompt", ""))
     if request is None:
