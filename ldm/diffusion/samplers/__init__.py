@@ -9,20 +9,10 @@ from functools import partial
 from typing import NamedTuple
 
 from ldm.diffusion.samplers.analytic import analytic_dpm
-from ldm.diffusion.samplers.common import Sampler, Step, planned
+from ldm.diffusion.samplers.common import Sampler, Step, planned, sampler
 from ldm.diffusion.samplers.first_order import ddim, lcm, tcd
 from ldm.diffusion.samplers.multistep import deis, dpmpp, er_sde, ipndm, lms, sa_solver, unipc
-from ldm.diffusion.samplers.singlestep import (
-    dpm2_a,
-    dpm_adaptive,
-    dpm_solver,
-    dpmpp_2s_a,
-    dpmpp_sde,
-    heun,
-    plms,
-    pndm,
-    restart,
-)
+from ldm.diffusion.samplers.singlestep import dpm_adaptive, dpm_solver, dpmpp_sde, heun, pseudo, restart, two_stages
 from ldm.errors import unknown
 
 __all__ = ["ORDERS", "SAMPLERS", "SOLVERS", "Sampler", "Step", "find_sampler"]
@@ -37,33 +27,34 @@ class Solver(NamedTuple):
 
 
 on_noise = partial(planned, of_noise=True)
+_dpm2, _dpmpp_2s = partial(two_stages, unit=lambda s, half: half), partial(two_stages, unit=lambda s, half: s)
 SOLVERS: dict[str, Solver] = {
     "ddim": Solver(planned(ddim), 1, "Song et al. 2021, Eq. 12"),
     "ddpm": Solver(planned(partial(ddim, eta=1.0)), None, "Ho et al. 2020, algorithm 2"),
     "euler": Solver(planned(ddim), 1, "Karras et al. 2022, algorithm 1 without its correction"),
     "euler_a": Solver(planned(partial(ddim, eta=1.0)), 1, "Crowson's k-diffusion, 2022"),
-    "heun": Solver(heun, 2, "Karras et al. 2022, algorithm 2"),
-    "dpm2": Solver(partial(dpm2_a, eta=0.0), 2, "Karras et al. 2022, after Lu et al. 2022a"),
-    "dpm2_a": Solver(dpm2_a, 2, "Crowson's k-diffusion, 2022"),
+    "heun": Solver(sampler(heun), 2, "Karras et al. 2022, algorithm 2"),
+    "dpm2": Solver(sampler(partial(_dpm2, eta=0.0)), 2, "Karras et al. 2022, after Lu et al. 2022a"),
+    "dpm2_a": Solver(sampler(_dpm2), 2, "Crowson's k-diffusion, 2022"),
     "lms": Solver(on_noise(lms), 2, "Crowson's k-diffusion, 2022"),
-    "plms": Solver(plms, 2, "Liu et al. 2022"),
-    "pndm": Solver(pndm, 2, "Liu et al. 2022, algorithm 2"),
+    "plms": Solver(sampler(partial(pseudo, starts=1)), 2, "Liu et al. 2022"),
+    "pndm": Solver(sampler(partial(pseudo, starts=3)), 2, "Liu et al. 2022, algorithm 2"),
     "ipndm": Solver(on_noise(ipndm), 2, "Zhang & Chen 2023, appendix"),
     "deis": Solver(on_noise(deis), 2, "Zhang & Chen 2023, Eq. 15"),
-    "dpm_solver": Solver(dpm_solver, 3, "Lu et al. 2022a, algorithms 1 and 2"),
-    "dpm_adaptive": Solver(dpm_adaptive, None, "Lu et al. 2022a, appendix C"),  # it keeps a tolerance
-    "dpmpp_2s_a": Solver(dpmpp_2s_a, 2, "Lu et al. 2022b, algorithm 1; ancestral as in k-diffusion"),
+    "dpm_solver": Solver(sampler(dpm_solver), 3, "Lu et al. 2022a, algorithms 1 and 2"),
+    "dpm_adaptive": Solver(sampler(dpm_adaptive), None, "Lu et al. 2022a, appendix C"),  # it keeps a tolerance
+    "dpmpp_2s_a": Solver(sampler(_dpmpp_2s), 2, "Lu et al. 2022b, algorithm 1; ancestral as in k-diffusion"),
     "dpmpp_2m": Solver(planned(partial(dpmpp, rule="midpoint")), 2, "Lu et al. 2022b, algorithm 2"),
     "dpmpp_3m": Solver(planned(partial(dpmpp, points=3)), 2, "Lu et al. 2022b"),
-    "dpmpp_sde": Solver(dpmpp_sde, 2, "Lu et al. 2022b, appendix"),
+    "dpmpp_sde": Solver(sampler(dpmpp_sde), 2, "Lu et al. 2022b, appendix"),
     "dpmpp_2m_sde": Solver(planned(partial(dpmpp, rule="midpoint", eta=1.0)), 2, "Lu et al. 2022b, appendix"),
     "dpmpp_3m_sde": Solver(planned(partial(dpmpp, points=3, eta=1.0)), 2, "Crowson's k-diffusion, 2023"),
     "unipc": Solver(planned(unipc), 3, "Zhao et al. 2023, algorithms 1 and 2"),
     "sa_solver": Solver(planned(sa_solver), 2, "Xue et al. 2023, algorithm 1"),
-    "restart": Solver(restart, 2, "Xu et al. 2023, algorithm 1"),
+    "restart": Solver(sampler(restart), 2, "Xu et al. 2023, algorithm 1"),
     "lcm": Solver(planned(lcm), None, "Luo et al. 2023, algorithm 3"),
     "tcd": Solver(planned(tcd), 1, "Zheng et al. 2024, algorithm 4"),
-    "analytic_dpm": Solver(analytic_dpm, None, "Bao et al. 2022, theorem 1"),
+    "analytic_dpm": Solver(sampler(analytic_dpm), None, "Bao et al. 2022, theorem 1"),
     "er_sde": Solver(planned(er_sde), 2, "Cui et al. 2023, algorithms 1 to 3"),
 }
 SAMPLERS: dict[str, Sampler] = {name: solver.run for name, solver in SOLVERS.items()}

@@ -11,7 +11,7 @@ from itertools import pairwise
 from torch import Tensor
 
 from ldm.diffusion.constants import column
-from ldm.diffusion.samplers.common import Denoise, Levels, NoiseFn, State, Step, begin
+from ldm.diffusion.samplers.common import Denoise, Grid, Levels, Model, NoiseFn, State, Step, begin
 
 
 def spread(denoise: Denoise, x0: State, sigmas: Levels, noise: NoiseFn) -> list[float]:
@@ -30,11 +30,10 @@ def _spread(x: State, x0: State, s: float) -> Tensor:
 
 
 def analytic_dpm(
-    denoise: Denoise, x: State, sigmas: Levels, noise: NoiseFn, *, variance: Sequence[float] | None = None
+    model: Model, x: State, grid: Grid, noise: NoiseFn, *, variance: Sequence[float] | None = None
 ) -> Iterator[Step]:
     """DDPM's mean with the optimal variance. `variance` is what `spread` found; without it each image gives its own
     estimate at each step, fit for images of thousands of dimensions."""
-    model, x, grid = begin(denoise, x, sigmas)
     for i, (s, t) in enumerate(pairwise(grid)):
         x0 = model(x, s)
         kept = (t / s) ** 2

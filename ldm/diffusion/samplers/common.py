@@ -1,8 +1,8 @@
 """What all samplers share: the step they yield, the denoiser as they call it, and plans.
 
-A sampler is a generator (denoise, x, sigmas, noise, *, options) -> Step, Step, ... over falling sigmas. Its state is x
-in x = x0 + sigma * eps; levels are plain floats, so that all coefficients are arithmetic of Python. Where a step is one
-evaluation and a sum, the levels alone decide all coefficients: such a solver is a function of the levels, its PLAN.
+A sampler is called as (denoise, x, sigmas, noise, *, options) and gives Step, Step, ... over falling sigmas. Its state
+is x in x = x0 + sigma * eps; levels are plain floats, so that all coefficients are arithmetic of Python. Where a step
+is one evaluation and a sum, the levels alone decide all coefficients: such a solver is a function of them, its PLAN.
 """
 
 import math
@@ -122,12 +122,20 @@ def follow(
         yield Step(x, x0, t)
 
 
+def sampler(steps: Callable[..., Iterator[Step]]) -> Sampler:
+    """The sampler of a generator (model, x, grid, noise, *, options) that has its arguments from `begin`."""
+
+    def run(denoise: Denoise, x: State, sigmas: Levels, noise: NoiseFn, **options: Any) -> Iterator[Step]:
+        return steps(*begin(denoise, x, sigmas), noise, **options)
+
+    return run
+
+
 def planned(plan: Plan, *, of_noise: bool = False) -> Sampler:
     """The sampler that follows a plan, which is worked out once for all runs over the same levels."""
     made = lru_cache(maxsize=8)(plan)
 
-    def sampler(denoise: Denoise, x: State, sigmas: Levels, noise: NoiseFn, **options: Any) -> Iterator[Step]:
-        model, x, grid = begin(denoise, x, sigmas)
+    def steps(model: Model, x: State, grid: Grid, noise: NoiseFn, **options: Any) -> Iterator[Step]:
         return follow(model, x, grid, made(grid, **options), noise, of_noise=of_noise)
 
-    return sampler
+    return sampler(steps)

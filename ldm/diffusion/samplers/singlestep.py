@@ -13,15 +13,12 @@ import torch
 from torch import Tensor
 
 from ldm.diffusion.samplers.common import (
-    Denoise,
     Grid,
-    Levels,
     Model,
     NoiseFn,
     State,
     Step,
     ancestral,
-    begin,
     check_range,
     follow,
     renoise,
@@ -45,9 +42,9 @@ def _two_stages(model: Model, x: State, s: float, t: float, middle: float, unit:
 
 
 def heun(
-    denoise: Denoise,
+    model: Model,
     x: State,
-    sigmas: Levels,
+    grid: Grid,
     noise: NoiseFn,
     *,
     s_churn: float = 0.0,
@@ -60,7 +57,6 @@ def heun(
     fresh noise of deviation s_noise.
     """
     check_range("s_churn", s_churn, 0)
-    model, x, grid = begin(denoise, x, sigmas)
     share = min(s_churn / (len(grid) - 1), math.sqrt(2) - 1)
     for s, t in pairwise(grid):
         if share > 0 and s_range[0] <= s <= s_range[1]:
@@ -71,9 +67,9 @@ def heun(
 
 
 def restart(
-    denoise: Denoise,
+    model: Model,
     x: State,
-    sigmas: Levels,
+    grid: Grid,
     noise: NoiseFn,
     *,
     low: float = 0.1,
@@ -88,7 +84,6 @@ def restart(
     check_range("repeats", repeats, 0)
     check_range("steps", steps, 1)
     check_range("high", high, low)
-    model, x, grid = begin(denoise, x, sigmas)
     for s, t in pairwise(grid):
         again = [(high ** (1 / 7) + (t ** (1 / 7) - high ** (1 / 7)) * k / steps) ** 7 for k in range(steps)]
         back = repeats if t <= low < s and 0 < t < high else 0
@@ -99,12 +94,14 @@ def restart(
                 x = step.x
 
 
-def _ancestral(
-    denoise: Denoise, x: State, sigmas: Levels, noise: NoiseFn, eta: float, unit: Callable[[float, float], float]
+def two_stages(
+    model: Model, x: State, grid: Grid, noise: NoiseFn, *, unit: Callable[[float, float], float], eta: float = 1.0
 ) -> Iterator[Step]:
-    """Two stages, the second at the geometric mean, down to the level that leaves room for fresh noise."""
+    """DPM-Solver-2 as Karras et al. 2022 use it, or DPM-Solver++(2S) with r = 1/2: see `_two_stages` for unit(s, half).
+
+    Down to the level that leaves room for fresh noise; eta 0 is the ODE.
+    """
     check_range("eta", eta, 0, 1)
-    model, x, grid = begin(denoise, x, sigmas)
     for s, t in pairwise(grid):
         down, up = ancestral(s, t, eta)
         half = math.sqrt(s * down)
@@ -113,24 +110,13 @@ def _ancestral(
         yield Step(x, x0, t)
 
 
-def dpm2_a(denoise: Denoise, x: State, sigmas: Levels, noise: NoiseFn, *, eta: float = 1.0) -> Iterator[Step]:
-    """DPM-Solver-2 as Karras et al. 2022 use it, the midpoint rule; eta 0 is the ODE."""
-    return _ancestral(denoise, x, sigmas, noise, eta, lambda s, half: half)
-
-
-def dpmpp_2s_a(denoise: Denoise, x: State, sigmas: Levels, noise: NoiseFn, *, eta: float = 1.0) -> Iterator[Step]:
-    """DPM-Solver++(2S) (algorithm 1, r = 1/2); eta 0 is the ODE."""
-    return _ancestral(denoise, x, sigmas, noise, eta, lambda s, half: s)
-
-
-def dpmpp_sde(denoise: Denoise, x: State, sigmas: Levels, noise: NoiseFn, *, eta: float = 1.0) -> Iterator[Step]:
+def dpmpp_sde(model: Model, x: State, grid: Grid, noise: NoiseFn, *, eta: float = 1.0) -> Iterator[Step]:
     """DPM-Solver++ SDE (appendix; k-diffusion): both its stages are ancestral.
 
     Both stages see one Brownian path, so the noise of the step contains that of its first half. With independent draws
     the variance of the result is 8% short at 60 steps.
     """
     check_range("eta", eta, 0, 1)
-    model, x, grid = begin(denoise, x, sigmas)
     for s, t in pairwise(grid):
         x0 = ahead = model(x, s)
         down, up = ancestral(s, t, eta)
@@ -183,14 +169,13 @@ def _dpm_step(model: Model, x: State, levels: Sequence[float]) -> Iterator[Step]
     yield Step(first.lerp(x, t / s).add(slope, alpha=-t * _phi(h) / r2), third, t)
 
 
-def dpm_solver(denoise: Denoise, x: State, sigmas: Levels, noise: NoiseFn, *, order: int = 3) -> Iterator[Step]:
+def dpm_solver(model: Model, x: State, grid: Grid, noise: NoiseFn, *, order: int = 3) -> Iterator[Step]:
     """DPM-Solver-1, 2 or 3, its stages on the run's own levels, so that n steps cost n evaluations.
 
     Each `order` steps of the run form one step of that order; what remains, and a step into 0, or from a level that is
     all noise, is of lower order.
     """
     check_range("order", order, 1, 3)
-    model, x, grid = begin(denoise, x, sigmas)
     last = len(grid) - 1
     end = last - 1 if grid[-1] == 0 else last  # a stage at sigma 0 would be at lambda = infinity
     i = 0
@@ -203,9 +188,9 @@ def dpm_solver(denoise: Denoise, x: State, sigmas: Levels, noise: NoiseFn, *, or
 
 
 def dpm_adaptive(
-    denoise: Denoise,
+    model: Model,
     x: State,
-    sigmas: Levels,
+    grid: Grid,
     noise: NoiseFn,
     *,
     order: int = 3,
@@ -219,7 +204,6 @@ def dpm_adaptive(
     step. UserError where the steps become too small to go on.
     """
     check_range("order", order, 2, 3)
-    model, x, grid = begin(denoise, x, sigmas)
     s, end = grid[0], grid[-1] if grid[-1] > 0 else grid[-2]
     h, before = 0.05, x
     stages = (1 / 3, 2 / 3) if order == 3 else (1 / 2,)
@@ -257,43 +241,24 @@ def _runge_kutta(model: Model, x: State, s: float, levels: Sequence[float], weig
     return Step(moved, x0, t)
 
 
-def _pseudo(
-    model: Model,
-    x: State,
-    grid: Grid,
-    noise: NoiseFn,
-    starts: int,
-    stage: Callable[[float, float], Sequence[float]],
-    weights: Sequence[float],
-) -> Iterator[Step]:
-    """Adams-Bashforth 4 behind Runge-Kutta steps, whose stages lie at stage(s, t)."""
-    past: list[Tensor] = []
-    starts = min(starts, len(grid) - 1)
-    for s, t in pairwise(grid[: starts + 1]):
-        step = _runge_kutta(model, x, s, stage(s, t), weights)
-        past.insert(0, x - step.x0)
-        x = step.x
-        yield step
-    yield from follow(model, x, grid[starts:], ipndm(grid)[starts:], noise, of_noise=True, past=past)
-
-
-def plms(denoise: Denoise, x: State, sigmas: Levels, noise: NoiseFn) -> Iterator[Step]:
-    """Pseudo linear multistep, as CompVis has it: its first step is Heun's, at two evaluations."""
-    model, x, grid = begin(denoise, x, sigmas)
-    return _pseudo(model, x, grid, noise, 1, lambda s, t: [t], (1 / 2, 1 / 2))
-
-
 def mean(s: float, t: float) -> float:
     """The middle of a step in sigma, in which Runge-Kutta 4 is of fourth order."""
     return (s + t) / 2
 
 
-def pndm(
-    denoise: Denoise, x: State, sigmas: Levels, noise: NoiseFn, *, middle: Callable[[float, float], float] = mean
+def pseudo(
+    model: Model, x: State, grid: Grid, noise: NoiseFn, *, starts: int, middle: Callable[[float, float], float] = mean
 ) -> Iterator[Step]:
-    """Algorithm 2: three Runge-Kutta steps of four evaluations, then Adams-Bashforth 4.
+    """Adams-Bashforth 4 behind Runge-Kutta steps: one of two stages, Heun's (CompVis), or three of four (algorithm 2).
 
     `middle(s, t)` is the level half way; the paper takes the middle training step.
     """
-    model, x, grid = begin(denoise, x, sigmas)
-    return _pseudo(model, x, grid, noise, 3, lambda s, t: [middle(s, t), middle(s, t), t], (1 / 6, 1 / 3, 1 / 3, 1 / 6))
+    past: list[Tensor] = []
+    first = min(starts, len(grid) - 1)
+    weights = (1 / 2, 1 / 2) if starts == 1 else (1 / 6, 1 / 3, 1 / 3, 1 / 6)
+    for s, t in pairwise(grid[: first + 1]):
+        step = _runge_kutta(model, x, s, [*[middle(s, t)] * (len(weights) - 2), t], weights)
+        past.insert(0, x - step.x0)
+        x = step.x
+        yield step
+    yield from follow(model, x, grid[first:], ipndm(grid)[first:], noise, of_noise=True, past=past)
