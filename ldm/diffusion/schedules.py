@@ -79,10 +79,7 @@ class Schedule:
             return torch.tensor(spacing, dtype=torch.float64)
         if spacing not in SPACINGS:
             raise unknown("spacing", spacing, SPACINGS)
-        levels = torch.cat([SPACINGS[spacing](self, n), torch.zeros(1, dtype=torch.float64)])
-        if levels.diff().max() >= 0:
-            raise UserError(f"{n} steps with {spacing} spacing are more than there are: fewer, or choose trailing")
-        return levels
+        return _levels(self, n, spacing).clone()
 
     def quantile(self, u: Tensor) -> Tensor:
         """The level below which a share u of training falls; even u in (0, 1) stratify the density."""
@@ -103,6 +100,14 @@ class Schedule:
     def start(self, sigma: float) -> float:
         """The scale of the initial noise: the deviation of x at this level when latents have unit deviation."""
         return {"unit": math.hypot(1.0, sigma), "sigma": sigma, "sum": 1.0 + sigma}[self.config.start]
+
+
+@lru_cache(maxsize=64)
+def _levels(schedule: Schedule, n: int, spacing: str) -> Sigmas:
+    levels = torch.cat([SPACINGS[spacing](schedule, n), torch.zeros(1, dtype=torch.float64)])
+    if levels.diff().max() >= 0:
+        raise UserError(f"{n} steps with {spacing} spacing are more than there are: fewer, or choose trailing")
+    return levels
 
 
 def make_schedule(config: ScheduleConfig) -> Schedule:
