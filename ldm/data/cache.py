@@ -235,13 +235,8 @@ class _Views:
         if self.crops > 1:
             corners = uniforms(0, rows * self.crops + np.asarray(positions) % self.crops, 2)
         problems: list[str] = []
-        views = [
-            self.dataset.view(row, problems, *corner)
-            for row, corner in zip(rows.tolist(), corners.tolist(), strict=True)
-        ]
-        images = np.stack([view.pixels for view in views]).transpose(0, 3, 1, 2)
-        facts = [view._replace(pixels=view.pixels[:0]) for view in views]
-        return {"image": torch.from_numpy(np.ascontiguousarray(images)), "views": facts, "problems": problems}
+        images, views = self.dataset.views(rows.tolist(), corners.tolist(), problems)
+        return {"image": images, "views": views, "problems": problems}
 
 
 @torch.no_grad()

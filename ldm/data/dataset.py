@@ -5,6 +5,7 @@ and flip. A training run that keeps the number of samples it has consumed can go
 and workers.
 """
 
+import bisect
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -18,13 +19,13 @@ from PIL.Image import Image
 from torch import Tensor
 
 from ldm.data.folders import with_shards
-from ldm.data.images import finish, square, start
+from ldm.data.images import finish, planes, square, start
 from ldm.data.loader import Batch as Batch
 from ldm.data.loader import Dataset as Dataset
 from ldm.data.loader import Limits
 from ldm.data.loader import loader as loader
 from ldm.data.mixing import Buckets
-from ldm.data.order import Ints, locate
+from ldm.data.order import locate
 from ldm.data.remote import Cache
 from ldm.data.shards import Run, Shards
 from ldm.data.stream import CAPTION, CROP_X, FLIP, InTurn, Shuffled, Stream, shuffled, sources
@@ -33,6 +34,7 @@ from ldm.data.tars import Damaged
 from ldm.errors import UserError
 
 Tokenize = Callable[[list[str]], Int[Tensor, "b l"]]
+_NONE = np.empty((3, 0, 0), np.uint8)
 _MEMO = 100_000  # captions whose tokens are kept
 _TRIES = 1000  # samples that may stand in for a damaged one
 
@@ -56,7 +58,7 @@ class TokenMemo:
 class View(NamedTuple):
     """One sample as it is shown."""
 
-    pixels: UInt8[np.ndarray, "h w 3"]
+    pixels: UInt8[np.ndarray, "3 h w"]
     size_ids: list[int]
     captions: list[str]
     key: str
@@ -97,21 +99,15 @@ class ShardDataset:
         if self.config.crop == "center":
             numbers[:, CROP_X:] = 0.5
         problems: list[str] = []
-        views = [
-            self.view(row, problems, *crop)
-            for row, crop in zip(self.stream.rows(places).tolist(), numbers[:, CROP_X:].tolist(), strict=True)
-        ]
-        if len({view.pixels.shape for view in views}) > 1:
-            raise UserError(f"positions {positions[0]} to {positions[-1]} have pictures of several sizes")
-        height, width, _ = views[0].pixels.shape
-        images = np.empty((len(views), 3, height, width), np.uint8)
-        for image, view, mirrored in zip(images, views, (numbers[:, FLIP] < 0.5) & self.config.flip, strict=True):
-            image[:] = (view.pixels[:, ::-1] if mirrored else view.pixels).transpose(2, 0, 1)
+        images, views = self.views(self.stream.rows(places).tolist(), numbers[:, CROP_X:].tolist(), problems)
+        mirrored = torch.from_numpy((numbers[:, FLIP] < 0.5) & self.config.flip)
+        if mirrored.any():
+            images[mirrored] = images[mirrored].flip(-1)
         captions = [
             view.captions[int(draw * len(view.captions))] for view, draw in zip(views, numbers[:, CAPTION], strict=True)
         ]
         batch = Batch(
-            image=torch.from_numpy(images),
+            image=images,
             size_ids=torch.tensor([view.size_ids for view in views]),
             caption=captions,
             key=[view.key for view in views],
@@ -159,7 +155,22 @@ class ShardDataset:
             corner = round((full[0] - side) * x), round((full[1] - side) * y)
             ids = _size_ids(columns, full, size / side, corner, (size, size))
             picture = square(picture, size, x, y)
-        return View(np.asarray(picture), ids, captions, sample.key)
+        return View(planes(picture), ids, captions, sample.key)
+
+    def views(
+        self, rows: Sequence[int], corners: Sequence[Sequence[float]], problems: list[str]
+    ) -> tuple[UInt8[Tensor, "b 3 h w"], list[View]]:
+        """The pictures of some rows, and the rest of each `view`. Kept one by one they would cost new pages each."""
+        images, found = np.empty(0, np.uint8), list[View]()
+        for i, (row, corner) in enumerate(zip(rows, corners, strict=True)):
+            view = self.view(row, problems, *corner)
+            if not i:
+                images = np.empty((len(rows), *view.pixels.shape), np.uint8)
+            if view.pixels.shape != images.shape[1:]:
+                raise UserError(f"samples {rows[0]} and {row} have pictures of several sizes, and are one batch")
+            images[i] = view.pixels
+            found.append(view._replace(pixels=_NONE))
+        return torch.from_numpy(images), found
 
     def view(self, row: int, problems: list[str], x: float, y: float) -> View:
         """The sample of a number, or the one that stands in for it; `problems` then says why."""
@@ -202,11 +213,11 @@ class ShardDataset:
         return found
 
     @cached_property
-    def _firsts(self) -> Ints:
-        return np.array([run.first for run in self.runs])
+    def _firsts(self) -> list[int]:
+        return [run.first for run in self.runs]
 
     def _run(self, row: int) -> Run:
-        return self.runs[int(np.searchsorted(self._firsts, row, "right")) - 1]
+        return self.runs[bisect.bisect_right(self._firsts, row) - 1]
 
 
 def open_dataset(config: DataConfig, tokenize: Tokenize | None = None, *, batch: int = 1) -> ShardDataset:

@@ -10,6 +10,7 @@ import functools
 import json
 import tarfile
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -22,6 +23,7 @@ from ldm.data.tars import IMAGES, Damaged, Index, load_index, scan
 from ldm.errors import UserError
 from ldm.files import replacing, sha256, write_json
 
+Place = Path | str  # of a shard: a local file, or a URL
 MANIFEST = "manifest.json"
 _OPEN_SHARDS = 256  # below the usual limit of 1,024 open files
 
@@ -47,11 +49,16 @@ class Entry:
 
 @dataclass(frozen=True)
 class Sample:
-    """What a shard holds of one picture: extension -> bytes. `place` names it in errors."""
+    """What a shard holds of one picture: extension -> bytes."""
 
     key: str
     members: Mapping[str, bytes]
-    place: str
+    shard: Place
+
+    @property
+    def place(self) -> str:
+        """What names it in errors."""
+        return f"sample {self.key!r} of shard {str(self.shard)!r}"
 
     @property
     def image(self) -> bytes:
@@ -67,7 +74,7 @@ class Sample:
     def columns(self) -> dict[str, Any]:
         """What the .json says, nothing without one. Damaged where it is broken."""
         try:
-            columns = json.loads(self.members.get("json", b"{}"))
+            columns = json.loads(self.members.get("json", b"{}").decode())
         except ValueError as error:
             raise Damaged(f"{self.place} has a broken .json: {error}") from None
         if not isinstance(columns, dict):
@@ -102,9 +109,6 @@ class Opened(NamedTuple):
     file: BinaryIO | None
     places: Index
     check: bool
-
-
-Place = Path | str  # of a shard: a local file, or a URL
 
 
 def expand(pattern: str) -> list[Place]:
@@ -312,14 +316,12 @@ class Shards:
         opened = self._opened(shard)
         if isinstance(opened, str):
             raise Damaged(opened)
-        shown, record = f"shard {str(self.paths[shard])!r}", opened.places[index]
-        place = f"sample {index} of {shown}"
-        if opened.file:
-            key, members = tars.read(opened.file.fileno(), record, place, check=opened.check)
-        else:
-            with self._fetched(shard) as file:
-                key, members = tars.read(file.fileno(), record, place, check=opened.check)
-        return Sample(key, members, f"sample {key!r} of {shown}")
+        path, record = self.paths[shard], opened.places[index]
+        with nullcontext(opened.file) if opened.file else self._fetched(shard) as file:
+            found = tars.read(file.fileno(), record, check=opened.check)
+        if found is None:
+            raise Damaged(f"sample {index} of shard {str(path)!r} was altered or cut short")
+        return Sample(*found, path)
 
     def _fetched(self, shard: int) -> BinaryIO:
         """A remote shard, which other processes may put out of the cache at any time."""

@@ -65,11 +65,12 @@ def scan(path: Path, *, hashed: bool = False) -> tuple[list[str], Index]:
     return keys, index
 
 
-def read(file: int, record: np.void, place: str, *, check: bool) -> tuple[str, dict[str, bytes]]:
-    """(key, {extension: bytes}) of a sample in an open file. Damaged where it is cut short or, checked, was altered."""
-    data = os.pread(file, int(record["length"]), int(record["offset"]))
-    if len(data) != record["length"] or (check and _digest(data) != record["sha256"].tobytes()):
-        raise Damaged(f"{place} was altered or cut short")
+def read(file: int, record: np.void, *, check: bool) -> tuple[str, dict[str, bytes]] | None:
+    """(key, {extension: bytes}) of a sample in an open file. None where it is cut short or, checked, was altered."""
+    offset, length, digest = record.item()
+    data = os.pread(file, length, offset)
+    if len(data) != length or (check and _digest(data) != digest):
+        return None
     key, found = "", {}
     try:
         for member in _in_bytes(data):
@@ -77,7 +78,7 @@ def read(file: int, record: np.void, place: str, *, check: bool) -> tuple[str, d
             if extension in MEMBERS:
                 key, found[extension] = name, data[member.offset : member.offset + member.size]
     except (ValueError, EOFError, tarfile.TarError):  # it was scanned, and has changed since
-        raise Damaged(f"{place} was altered") from None
+        return None
     return key, found
 
 

@@ -186,7 +186,7 @@ def test_a_large_picture_is_decoded_no_larger_than_needed(tmp_path, encoded, mon
     assert full == (300, 400) and decoded.size == ((300, 400) if exact else (75, 100))
     view = dataset.row(0)
     assert view.size_ids == [400, 300, 11, 0, 64, 64]  # 50 rows of 400 above the square, shrunk with it
-    error = np.abs(view.pixels.astype(int) - np.asarray(square(large, 64)).astype(int))
+    error = np.abs(view.pixels.transpose(1, 2, 0).astype(int) - np.asarray(square(large, 64)).astype(int))
     assert error.mean() < 1 and error.max() < 8
     turned = Image.Exif()
     turned[0x0112] = 6
