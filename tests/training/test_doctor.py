@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from PIL import Image
 
 from ldm import config
 from ldm.checkpoints import native
@@ -61,6 +62,16 @@ SETTINGS: dict[str, tuple[list[str], int, str]] = {
     "guidance without dropout": (["--loss.caption_dropout", "0"], 1, "no prediction to guide away from"),
     "too much dropout": (["--loss.caption_dropout", "0.9"], 1, "hides most captions"),
 }  # fmt: skip
+
+
+def test_mixtures_and_plain_folders_are_looked_into_like_other_shards(tiny: Make, tmp_path: Path):
+    (tmp_path / "photos").mkdir()
+    Image.new("RGB", (40, 40)).save(tmp_path / "photos/0.png")
+    words = ["--data.copies", str(tmp_path / "copies"), "--data.shards"]
+    both = [*words, f"{SHARDS}:0.5,{tmp_path / 'photos'}:0.5"]
+    assert not [*doctor.shards(tiny(*both, "--data.caption", "a thing"), 1)]
+    (found,) = doctor.shards(tiny(*both), 1)
+    assert "give each a .txt, or all of them data.caption" in found
 
 
 @pytest.mark.parametrize("name", SETTINGS)
