@@ -126,7 +126,7 @@ def main() -> None:
     print(f"1 thread, {args.steps} steps, load {os.getloadavg()[0]:.1f}; microseconds per evaluation, median of")
     print(f"{args.repeats} timings of {RUNS} runs each")
     print(f"{'':14s}{'without guidance':>26s}{'with guidance':>30s}")
-    print(f"{'sampler':14s}" + f"{'ours':>8s} {'diffusers':>10s} {'share':>7s}    " * 2)
+    print(f"{'sampler':14s}" + "    ".join([f"{'ours':>8s} {'diffusers':>10s} {'share':>7s}"] * 2))
     found: dict[str, dict[str, float]] = {}
     with torch.no_grad():
         for name, kind, settings in PAIRS:
@@ -138,7 +138,7 @@ def main() -> None:
                 figures |= {f"{way} ours": mine, f"{way} diffusers": other}
             found[name] = figures
             pairs = [(figures[f"{way} ours"], figures[f"{way} diffusers"]) for way in ways]
-            print(f"{name:14s}" + "".join(f"{a:8.1f} {b:10.1f} {a / b:7.1%}    " for a, b in pairs), flush=True)
+            print(f"{name:14s}" + "    ".join(f"{a:8.1f} {b:10.1f} {a / b:7.1%}" for a, b in pairs), flush=True)
     if args.json:
         args.json.write_text(json.dumps(found, indent=1))
 
