@@ -4,18 +4,23 @@ import ctypes
 import os
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 from weakref import WeakKeyDictionary, ref
 
 import einops._torch_specific
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.errors import UserError
 from ldm.models.attention import FeedForward, TransformerBlock, use_attention
+from ldm.models.layers import Features, Upsample
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # glibc's malloc.h
 WORTH_PACKING = 2**14  # weights
+WORTH_PHASES = 2**6  # pixels
 COMPILED_FORMS = 64  # a network has its blocks at several widths and resolutions, each a form of its own
 
 
@@ -41,6 +46,26 @@ def native_bf16(device: torch.device) -> bool:
     return device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
+def _by_hand(x: Tensor, weight: Tensor, *dtypes: torch.dtype) -> bool:
+    """Whether oneDNN may be called by name: on a CPU, without gradients, outside the compiler."""
+    if weight.device.type != "cpu" or x.dtype != weight.dtype or x.dtype not in dtypes or torch.compiler.is_compiling():
+        return False
+    return not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
+
+
+def _laid_out(module: nn.Module, weight: Tensor, lay_out: Callable[[Tensor], Any]) -> Any:
+    """A weight in another layout, made once, and anew where an adapter has changed it or put another in its place."""
+    state = (weight.data_ptr(), weight._version)
+    kept = _LAID_OUT.get(module)
+    if kept is None or kept[0]() is not weight or kept[1] != state:
+        kept = _LAID_OUT[module] = (ref(weight), state, lay_out(weight.detach()))
+    return kept[2]
+
+
+# Beside the modules, so that a copy of one does not carry it along.
+_LAID_OUT: WeakKeyDictionary[nn.Module, tuple[ref[Tensor], tuple[int, int], Any]] = WeakKeyDictionary()
+
+
 class Packed(nn.Linear):
     """A linear layer in fp32 that on a CPU runs by oneDNN, on weights laid out once, at the price of their memory.
 
@@ -49,15 +74,10 @@ class Packed(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """As nn.Linear's, and by it where gradients are wanted."""
-        weight = self.weight
-        if weight.is_inference() or not _by_hand(x, weight, torch.float32):
+        if self.weight.is_inference() or not _by_hand(x, self.weight, torch.float32):
             return super().forward(x)
-        state = (weight.data_ptr(), weight._version)  # an adapter may have changed it, or put another in its place
-        packed = _PACKED.get(self)
-        if packed is None or packed[0]() is not weight or packed[1] != state:
-            laid_out = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), None)
-            packed = _PACKED[self] = (ref(weight), state, laid_out)
-        answer: Tensor = torch.ops.mkldnn._linear_pointwise(x, packed[2], self.bias, "none", [], "")
+        weight = _laid_out(self, self.weight, lambda weight: torch.ops.mkldnn._reorder_linear_weight(weight, None))
+        answer: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, self.bias, "none", [], "")
         return answer
 
 
@@ -75,15 +95,34 @@ class Fused(FeedForward):
         return self.reduce(gated.mul_(product(x, value, value_bias, "none", [], "")))
 
 
-def _by_hand(x: Tensor, weight: Tensor, dtype: torch.dtype) -> bool:
-    """Whether oneDNN may be called by name: on a CPU, without gradients, outside the compiler."""
-    if weight.device.type != "cpu" or not x.dtype == weight.dtype == dtype or torch.compiler.is_compiling():
-        return False
-    return not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
+class Phased(Upsample):
+    """Nearest neighbour and a 3 x 3 convolution as four 2 x 2 convolutions, one for each place in a doubled pixel.
+
+    Neighbours that are copies of one pixel meet the sum of their weights: 4 products in place of 9.
+    """
+
+    def forward(self, x: Features) -> Features:
+        """As Upsample's, and by it where gradients are wanted, an adapter has wrapped the layer, or x is small."""
+        conv, (b, _, h, w) = self.conv, x.shape
+        plain = type(conv) is not nn.Conv2d or conv.weight.is_inference() or h * w < WORTH_PHASES
+        if plain or not _by_hand(x, conv.weight, torch.float32, torch.bfloat16):
+            return super().forward(x)
+        out = torch.empty((b, conv.out_channels, 2 * h, 2 * w), dtype=x.dtype, memory_format=torch.channels_last)
+        for index, kernel in enumerate(_laid_out(self, conv.weight, _phases)):
+            i, j = divmod(index, 2)
+            out[:, :, i::2, j::2] = F.conv2d(x, kernel, conv.bias, padding=1)[:, :, i : i + h, j : j + w]
+        return out
 
 
-# Beside the modules, so that a copy of one does not carry it along.
-_PACKED: WeakKeyDictionary[nn.Module, tuple[ref[Tensor], tuple[int, int], Tensor]] = WeakKeyDictionary()
+def _phases(weight: Tensor) -> list[Tensor]:
+    """The four 2 x 2 kernels of a 3 x 3 one, for the upper and lower row by the left and right column."""
+    first, second, third = weight.float().unbind(2)
+    rows = [torch.stack(pair, 2) for pair in ((first, second + third), (first + second, third))]
+    kernels = []
+    for row in rows:
+        first, second, third = row.unbind(3)
+        kernels += [torch.stack(pair, 3) for pair in ((first, second + third), (first + second, third))]
+    return [kernel.to(weight.dtype).contiguous(memory_format=torch.channels_last) for kernel in kernels]
 
 
 def slow_blas() -> bool:
@@ -109,6 +148,8 @@ def prepare(network: nn.Module, attention: str = "auto", compiled: bool = False)
             module.__class__ = Packed
         if fuses and type(module) is FeedForward:
             module.__class__ = Fused
+        if type(module) is Upsample:
+            module.__class__ = Phased
     if compiled:
         _compile(network)
 

@@ -14,6 +14,7 @@ from ldm.conditioning import Conditioning
 from ldm.errors import UserError
 from ldm.models import attention, speed
 from ldm.models.autoencoder import Autoencoder, AutoencoderConfig
+from ldm.models.layers import Upsample
 from ldm.models.unet import UNet, UNetConfig
 
 CONFIG = UNetConfig(channels=(32, 64), res_blocks=1, depth=(1, 1), heads=(2, 2), context_dim=160, groups=8)
@@ -38,7 +39,7 @@ def packing(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(speed, "slow_blas", lambda: True)
     monkeypatch.setattr(speed, "WORTH_PACKING", 32)
     yield
-    assert len(speed._PACKED) < 200
+    assert len(speed._LAID_OUT) < 200
 
 
 @pytest.mark.usefixtures("packing")
@@ -73,7 +74,7 @@ def test_packed_weights_follow_what_is_done_to_them() -> None:
             torch.testing.assert_close(layer(x), nn.functional.linear(x, layer.weight, layer.bias))
 
     same()
-    assert layer in speed._PACKED
+    assert layer in speed._LAID_OUT
     with torch.no_grad():
         layer.weight.mul_(2)
     same()
@@ -81,9 +82,9 @@ def test_packed_weights_follow_what_is_done_to_them() -> None:
     same()
     layer.weight.data = torch.randn(48, 64)
     same()
-    speed._PACKED.clear()
+    speed._LAID_OUT.clear()
     layer(x).sum().backward()  # with gradients it is the plain layer
-    assert layer.weight.grad is not None and layer not in speed._PACKED
+    assert layer.weight.grad is not None and layer not in speed._LAID_OUT
     layer.double()
     with torch.no_grad():
         torch.testing.assert_close(layer(x.double()), nn.functional.linear(x.double(), layer.weight, layer.bias))
@@ -111,6 +112,26 @@ def test_feed_forward_in_bf16_is_fused_where_nothing_forbids_it(monkeypatch: pyt
     assert len(calls) == 2  # of the weight and the bias
     fast(x.requires_grad_()).sum().backward()
     assert len(calls) == 3 and x.grad is not None  # of the product
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (9, 13), (7, 9)])
+def test_upsampling_in_phases_is_the_same(shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = torch.Generator().manual_seed(0)
+    plain = Upsample(6)
+    fast, x = copy.deepcopy(plain), torch.randn(2, 6, *shape, generator=rng)
+    speed.prepare(fast)
+    made, phases = [], speed._phases
+    monkeypatch.setattr(speed, "_phases", lambda weight: made.append(1) or phases(weight))
+    with torch.no_grad():
+        torch.testing.assert_close(fast(x), plain(x), rtol=1e-5, atol=1e-6)
+        fast(x)
+        assert len(made) == (shape[0] * shape[1] >= speed.WORTH_PHASES)
+        for layer in (plain, fast):
+            layer.conv.weight.mul_(2)  # as an adapter may
+        torch.testing.assert_close(fast(x), plain(x), rtol=1e-5, atol=1e-6)
+    count = len(made)
+    fast(x).sum().backward()
+    assert fast.conv.weight.grad is not None and len(made) == count
 
 
 def test_without_need_nothing_is_packed(monkeypatch: pytest.MonkeyPatch) -> None:
