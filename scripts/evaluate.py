@@ -19,26 +19,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from ldm.errors import Parser, UserError, script, whole
 
 FLAGS = Parser(__doc__)
-FLAGS.add_argument(
-    "--model", default="", help="a packaged model's name, or a path; an autoencoder alone will do for its own metrics"
-)
+FLAGS.add_argument("--model", default="", help="a packaged model's name, or a path; for its own metrics an autoencoder")
 FLAGS.add_argument("--images", default="", help="a folder of ready pictures, in place of --model")
 FLAGS.add_argument("--data", default="", help="held-back pictures: shards, a folder, a parquet file")
 FLAGS.add_argument("--train", default="", help="what the model was trained on, for the metric neighbours")
-FLAGS.add_argument(
-    "--metrics", default="fid,kid,pr,dc", help="with commas between (fid,kid,pr,dc); a wrong one lists all"
-)
+FLAGS.add_argument("--metrics", default="fid,kid,pr,dc", help="with commas between; a wrong one lists all")
 FLAGS.add_argument("--n", type=whole(0), default=0, help="pictures of the data's captions, or of --images (all)")
-FLAGS.add_argument(
-    "--prompts", default="configs/evaluate/prompts.yaml", help="groups of prompts, for judge and diversity"
-)
+FLAGS.add_argument("--prompts", default="configs/evaluate/prompts.yaml", help="groups of them, for judge and diversity")
 FLAGS.add_argument("--per-prompt", type=whole(1), default=4, help="pictures of each of those prompts (4)")
 FLAGS.add_argument("--train-n", type=whole(1), default=1000, help="training pictures to compare with (1000)")
+FLAGS.add_argument("--sweep", action="append", default=[], help="cfg_scale=1,3,5 or steps=4,8,16; may be repeated")
 FLAGS.add_argument(
-    "--sweep", action="append", default=[], help="such as cfg_scale=1,3,5 or steps=4,8,16; may be repeated"
-)
-FLAGS.add_argument(
-    "--set", action="append", default=[], help="how to paint, such as cfg_scale=4 or sampler=ddim (the model's own)"
+    "--set", action="append", default=[], help="how to paint: cfg_scale=4, sampler=ddim (the model's own)"
 )
 FLAGS.add_argument("--seed", type=whole(0), default=0, help="seed of the first picture (0)")
 FLAGS.add_argument("--size", type=whole(0), default=0, help="pixels a side (the model's own)")
@@ -49,9 +41,7 @@ FLAGS.add_argument("--precision", default="auto", help="auto, fp32, bf16, fp16 (
 for name, file in (("inception", "inception"), ("lpips", "lpips_alex"), ("judge", "judge")):
     FLAGS.add_argument(f"--{name}", default=f"weights/{file}.safetensors", help=f"weights (weights/{file}.safetensors)")
 FLAGS.add_argument("--clip", default="", help="open_clip weights, for the metric clip")
-FLAGS.add_argument(
-    "--clip-model", default="ViT-B-32", help="their name in open_clip, or a JSON config of it (ViT-B-32)"
-)
+FLAGS.add_argument("--clip-model", default="ViT-B-32", help="their name in open_clip, or a JSON config (ViT-B-32)")
 FLAGS.add_argument("--out", type=Path, default=Path("outputs/evaluation"), help="folder for the JSON and the page")
 FLAGS.add_argument("--work", type=Path, default=Path("outputs/evaluation/work"), help="folder of what was computed")
 

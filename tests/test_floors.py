@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FLOORS = (
-    {"shapes", "errors", "config", "conditioning", "files", "request"},
+    {"shapes", "errors", "config", "conditioning", "files", "request", "html"},
     {"diffusion", "models", "data"},
     {"text", "adapters"},
     {"checkpoints"},

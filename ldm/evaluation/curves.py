@@ -1,5 +1,6 @@
 """Curves of training runs, drawn from their log.jsonl: each quantity in a panel of its own, each run in its colour."""
 
+import contextlib
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -7,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ldm.errors import UserError
-from ldm.evaluation.plots import COLOURS, _figure, _style
+from ldm.evaluation.plots import colour, quantities
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -16,7 +17,6 @@ Records = Sequence[Mapping[str, Any]]
 FIRST = ("loss", "validation_loss", "seen_loss", "validation_psnr", "seen_psnr")  # the panels that stand first
 HIDDEN = ("step", "images", "skipped", "data_wait_s", "save_stall_s")
 LOG = ("grad_norm", "gan_weight")  # drawn over powers of ten
-COLUMNS = 4
 
 
 def read(run: Path) -> Records:
@@ -27,11 +27,9 @@ def read(run: Path) -> Records:
     except OSError as error:
         raise UserError(f"cannot read {str(path)!r}: {error.strerror}; give the folder of a run") from None
     for line in lines:
-        try:
-            record = json.loads(line)
-            records += [record] if "step" in record else []
-        except (ValueError, TypeError):
-            continue
+        with contextlib.suppress(ValueError):
+            records.append(json.loads(line))
+    records = [record for record in records if isinstance(record, dict) and "step" in record]
     if not records:
         raise UserError(f"{str(path)!r} has no line yet: the first comes after run.log_every steps")
     return records
@@ -62,41 +60,30 @@ def curves(runs: Mapping[str, Records]) -> "Figure":
         (name for name in shown if isinstance(names[name], (int, float))),
         key=lambda name: (FIRST.index(name) if name in FIRST else len(FIRST), name),
     )
-    panels = [*scalars[:1], *histograms, *scalars[1:]]
-    columns = min(COLUMNS, len(panels))
-    rows = math.ceil(len(panels) / columns)
-    with _style():
-        figure, axes = _figure(rows, columns, 3.6 * columns, 2.6 * rows + 0.4)
-        for axis, name in zip(axes.flat, panels, strict=False):
-            draw = _bars if name in histograms else _lines
-            draw(axis, runs, name)
-            axis.set_title(name.replace("_", " "))
-        for axis in axes.flat[len(panels) :]:
-            axis.set_visible(False)
-        if len(runs) > 1:
-            handles = [axes.flat[0].plot([], [], color=_colour(i), label=name)[0] for i, name in enumerate(runs)]
-            figure.legend(handles=handles, loc="outside upper center", ncols=min(len(runs), 6))
+
+    def draw(axis: Any, name: str) -> None:
+        (_bars if name in histograms else _lines)(axis, runs, name)
+
+    figure = quantities([*scalars[:1], *histograms, *scalars[1:]], 3.6, 2.7, draw)
+    if len(runs) > 1:
+        handles = [figure.axes[0].plot([], [], color=colour(i), label=name)[0] for i, name in enumerate(runs)]
+        figure.legend(handles=handles, loc="outside upper center", ncols=min(len(runs), 6), frameon=False)
     return figure
-
-
-def _colour(index: int) -> str:
-    return COLOURS[index % len(COLOURS)]
 
 
 def _lines(axis: Any, runs: Mapping[str, Records], name: str) -> None:
     lowest = math.inf
     for index, records in enumerate(runs.values()):
-        steps, values = series(records, name)
+        (steps, values), shade = series(records, name), colour(index)
         many = len(values) >= 20 and name not in ("lr", "images_per_s", "gpu_gb")
-        axis.plot(steps, values, color=_colour(index), alpha=0.3 if many else 1, linewidth=0.8 if many else 1.4)
+        axis.plot(steps, values, color=shade, alpha=0.3 if many else 1, linewidth=0.8 if many else 1.4)
         if len(values) == 1:
-            axis.plot(steps, values, "o", color=_colour(index), markersize=4)
+            axis.plot(steps, values, "o", color=shade, markersize=4)
         if many:
-            axis.plot(steps, smoothed(values, max(2, len(values) // 40)), color=_colour(index), linewidth=1.6)
+            axis.plot(steps, smoothed(values, max(2, len(values) // 40)), color=shade, linewidth=1.6)
         lowest = min([lowest, *values])
-        if name == "loss":
-            for step in (r["step"] for r in records if r.get("skipped")):
-                axis.axvline(step, color=_colour(index), linewidth=0.6, linestyle=":")
+        for step in (r["step"] for r in records if name == "loss" and r.get("skipped")):
+            axis.axvline(step, color=shade, linewidth=0.6, linestyle=":")
     last = max(records[-1]["step"] for records in runs.values())
     axis.set(xlabel="step", xlim=(0, last * 1.02), yscale="log" if name in LOG and lowest > 0 else "linear")
 
@@ -109,5 +96,5 @@ def _bars(axis: Any, runs: Mapping[str, Records], name: str) -> None:
         means = [sum(column) / len(column) if column else 0.0 for column in late]
         width = 0.8 / len(runs)
         places = [bin + (index - (len(runs) - 1) / 2) * width for bin in range(len(means))]
-        axis.bar(places, means, width, color=_colour(index))
+        axis.bar(places, means, width, color=colour(index))
     axis.set(xlabel="noise level: eighths of the training's, low to high")

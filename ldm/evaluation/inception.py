@@ -5,7 +5,6 @@ block pools by maximum, pictures are resized as TensorFlow 1 did. Keys are pytor
 classifier `fc` gives features but no Inception score.
 """
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,35 +19,43 @@ from ldm.errors import UserError
 
 SIDE = 299
 Kernel = int | tuple[int, int]
-Step = tuple[int, Kernel]  # width, kernel
-Chain = tuple[Step | tuple[Step, Step], ...]  # a pair at the end: the branch forks, and both ends are kept
+Branches = dict[str, tuple[tuple[int, Kernel | None], ...]]  # width and kernel of each convolution of a branch
 _ROW, _COLUMN = (1, 7), (7, 1)
-_FORK: tuple[Step, Step] = ((384, (1, 3)), (384, (3, 1)))
-_A: dict[str, Chain] = {
+_FORK = None  # in place of a kernel: two convolutions beside each other, 1 x 3 and 3 x 1
+_STEM = {  # width, kernel, stride, padding
+    "Conv2d_1a_3x3": (32, 3, 2, 0),
+    "Conv2d_2a_3x3": (32, 3, 1, 0),
+    "Conv2d_2b_3x3": (64, 3, 1, 1),
+    "Conv2d_3b_1x1": (80, 1, 1, 0),
+    "Conv2d_4a_3x3": (192, 3, 1, 0),
+}
+_HALVED = ("Conv2d_2b_3x3", "Conv2d_4a_3x3")  # a pool follows these
+_A: Branches = {
     "branch1x1": ((64, 1),),
     "branch5x5": ((48, 1), (64, 5)),
     "branch3x3dbl": ((64, 1), (96, 3), (96, 3)),
 }
-_B: dict[str, Chain] = {"branch3x3": ((384, 3),), "branch3x3dbl": ((64, 1), (96, 3), (96, 3))}
-_D: dict[str, Chain] = {
+_B: Branches = {"branch3x3": ((384, 3),), "branch3x3dbl": ((64, 1), (96, 3), (96, 3))}
+_D: Branches = {
     "branch3x3": ((192, 1), (320, 3)),
     "branch7x7x3": ((192, 1), (192, _ROW), (192, _COLUMN), (192, 3)),
 }
-_E: dict[str, Chain] = {
+_E: Branches = {
     "branch1x1": ((320, 1),),
-    "branch3x3": ((384, 1), _FORK),
-    "branch3x3dbl": ((448, 1), (384, 3), _FORK),
+    "branch3x3": ((384, 1), (384, _FORK)),
+    "branch3x3dbl": ((448, 1), (384, 3), (384, _FORK)),
 }
 
 
-def _c(width: int) -> dict[str, Chain]:
-    seven: Chain = ((width, 1), (width, _ROW), (192, _COLUMN))
-    twice: Chain = ((width, 1), (width, _COLUMN), (width, _ROW), (width, _COLUMN), (192, _ROW))
-    return {"branch1x1": ((192, 1),), "branch7x7": seven, "branch7x7dbl": twice}
+def _c(width: int) -> Branches:
+    return {
+        "branch1x1": ((192, 1),),
+        "branch7x7": ((width, 1), (width, _ROW), (192, _COLUMN)),
+        "branch7x7dbl": ((width, 1), (width, _COLUMN), (width, _ROW), (width, _COLUMN), (192, _ROW)),
+    }
 
 
-# name: (branches, kind of pool, width of the convolution after it; 0: the block halves the picture instead)
-_MIXED: dict[str, tuple[dict[str, Chain], str, int]] = {
+_MIXED = {  # branches, kind of pool, width of the convolution after it; 0: the block halves the picture instead
     "Mixed_5b": (_A, "mean", 32),
     "Mixed_5c": (_A, "mean", 64),
     "Mixed_5d": (_A, "mean", 64),
@@ -83,31 +90,29 @@ class Convolution(nn.Module):
 class Mixed(nn.Module):
     """Branches beside each other, joined along the channels; their convolutions are named `{branch}_{place}`."""
 
-    def __init__(self, narrow: int, branches: Mapping[str, Chain], pool: str, after_pool: int) -> None:
+    def __init__(self, narrow: int, branches: Branches, pool: str, after_pool: int) -> None:
         super().__init__()
-        self.pool, self.halves, self.width = pool, not after_pool, 0
-        self.chains: list[list[list[str]]] = []
+        self.pool, self.halves, self.width = pool, not after_pool, after_pool or narrow
+        self.chains: list[list[list[str]]] = []  # of branches, of steps, of what stands beside each other
         for branch, chain in branches.items():
-            width, names = narrow, list[list[str]]()
-            for place, step in enumerate(chain, 1):
-                ends = step if isinstance(step[0], tuple) else (step,)
-                names.append([_name(branch, len(chain), place, end, len(ends)) for end in range(len(ends))])
-                for name, (wide, kernel) in zip(names[-1], ends, strict=True):
-                    last = self.halves and place == len(chain)
-                    down: dict[str, int] = {"stride": 2, "padding": 0} if last else {}
-                    self.add_module(name, Convolution(width, wide, kernel, **down))
-                width = sum(wide for wide, _ in ends)
-            self.chains.append(names)
+            width, steps = narrow, list[list[str]]()
+            for place, (wide, kernel) in enumerate(chain, 1):
+                beside = {"": kernel} if kernel else {"a": (1, 3), "b": (3, 1)}
+                down = {"stride": 2, "padding": 0} if self.halves and place == len(chain) else {}
+                steps.append([branch + (f"_{place}" if len(chain) > 1 else "") + end for end in beside])
+                for name, size in zip(steps[-1], beside.values(), strict=True):
+                    self.add_module(name, Convolution(width, wide, size, **down))
+                width = wide * len(beside)
+            self.chains.append(steps)
             self.width += width
         if after_pool:
             self.branch_pool = Convolution(narrow, after_pool, 1)
-        self.width += after_pool or narrow
 
     def forward(self, x: Tensor) -> Tensor:
         joined = []
-        for chain in self.chains:
+        for steps in self.chains:
             y = x
-            for names in chain:
+            for names in steps:
                 y = torch.cat([self.get_submodule(name)(y) for name in names], 1)
             joined.append(y)
         if self.halves:
@@ -117,23 +122,17 @@ class Mixed(nn.Module):
         return torch.cat([*joined, self.branch_pool(pooled)], 1)
 
 
-def _name(branch: str, length: int, place: int, end: int, ends: int) -> str:
-    return branch if length == 1 else f"{branch}_{place}{'ab'[end] if ends > 1 else ''}"
-
-
 class Inception(nn.Module):
     """`Inception.load(path)(pixels)`: features of pictures of any size, in fp32."""
 
     def __init__(self, classifier: bool = False) -> None:
         super().__init__()
-        self.Conv2d_1a_3x3 = Convolution(3, 32, 3, 2, 0)
-        self.Conv2d_2a_3x3 = Convolution(32, 32, 3, 1, 0)
-        self.Conv2d_2b_3x3 = Convolution(32, 64, 3)
-        self.Conv2d_3b_1x1 = Convolution(64, 80, 1)
-        self.Conv2d_4a_3x3 = Convolution(80, 192, 3, 1, 0)
-        width = 192
-        for name, (branches, pool, after_pool) in _MIXED.items():
-            block = Mixed(width, branches, pool, after_pool)
+        width = 3
+        for name, (wide, *shape) in _STEM.items():
+            self.add_module(name, Convolution(width, wide, *shape))
+            width = wide
+        for name, parts in _MIXED.items():
+            block = Mixed(width, *parts)
             self.add_module(name, block)
             width = block.width
         self.fc = nn.Linear(width, 1008, bias=False) if classifier else None
@@ -145,9 +144,8 @@ class Inception(nn.Module):
         try:
             state = load_file(path)
         except (OSError, SafetensorError) as error:
-            raise UserError(
-                f"cannot read Inception weights {str(path)!r}, get them by `make weights`: {error}"
-            ) from None
+            hint = "get them by `make weights`"
+            raise UserError(f"cannot read Inception weights {str(path)!r}, {hint}: {error}") from None
         state.pop("fc.bias", None)
         with torch.device("meta"):
             model = cls("fc.weight" in state)
@@ -161,10 +159,9 @@ class Inception(nn.Module):
     def forward(self, pixels: UInt8[Tensor, "b 3 h w"], side: int = SIDE) -> Features:
         """side: what the pictures are resized to; FID's is 299, and less is faster."""
         x = ((resize(pixels.float(), side) - 128) / 128).contiguous(memory_format=torch.channels_last)
-        x = F.max_pool2d(self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x))), 3, 2)
-        x = F.max_pool2d(self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(x)), 3, 2)
-        for name in _MIXED:
+        for name in (*_STEM, *_MIXED):
             x = self.get_submodule(name)(x)
+            x = F.max_pool2d(x, 3, 2) if name in _HALVED else x
         pool = x.float().mean((2, 3))
         return Features(pool, None if self.fc is None else self.fc(pool))
 
@@ -173,10 +170,8 @@ def resize(x: Float[Tensor, "b c h w"], side: int = SIDE) -> Float[Tensor, "b c 
     """Bilinear as in TensorFlow 1: the first pixels of both grids coincide, and nothing is smoothed before."""
     for dim in (2, 3):
         size = x.shape[dim]
-        # fp32, as there: the last bit decides at whole numbers
-        place = torch.arange(side, device=x.device, dtype=torch.float32) * torch.tensor(
-            size / side, dtype=torch.float32
-        )
+        scale = torch.tensor(size / side, dtype=torch.float32)  # as there: the last bit decides at whole numbers
+        place = torch.arange(side, device=x.device, dtype=torch.float32) * scale
         low = place.long()
         share = (place - low).view(-1, *[1] * (3 - dim))
         left = x.index_select(dim, low)

@@ -11,9 +11,12 @@ from torch import Tensor
 from ldm.evaluation.statistics import frechet
 from ldm.images import to_pixels
 from ldm.models.autoencoder import Autoencoder
+from ldm.models.taesd import TinyAutoencoder
 from ldm.shapes import Image
 
 PerImage = Float[Tensor, " b"]
+Codec = Autoencoder | TinyAutoencoder
+Distance = Callable[[Image, Image], PerImage]
 AnyImages = Float[Tensor, "_ 3 _ _"]  # batches may differ in size
 _RANGE = 2.0  # pictures are in [-1, 1]
 
@@ -52,36 +55,37 @@ def _blur(x: Tensor) -> Tensor:
 
 
 @torch.no_grad()
+def compare(model: Codec, target: Image, lpips: Distance | None) -> tuple[Image, dict[str, PerImage]]:
+    """Pictures decoded from the modes of their latents and clamped to [-1, 1]; psnr (dB), ssim and lpips of each."""
+    latent = model.encode(target.to(next(model.parameters()).dtype)).mode
+    again = model.decode(latent).float().clamp(-1, 1)
+    lost = {"psnr": psnr(again, target), "ssim": ssim(again, target)}
+    return again, lost if lpips is None else lost | {"lpips": lpips(again, target)}
+
+
+@torch.no_grad()
 def reconstruction_report(
-    autoencoder: Autoencoder,
+    autoencoder: Codec,
     batches: Iterable[AnyImages],
-    lpips: Callable[[Image, Image], PerImage] | None = None,
+    lpips: Distance | None = None,
     features: Callable[[UInt8[Tensor, "_ 3 h w"]], Float[Tensor, "_ d"]] | None = None,
 ) -> dict[str, float]:
-    """Means over all pictures of `batches`: psnr (dB), ssim, and lpips where a distance is given.
+    """Means over all pictures of `batches`, as of `compare`. ValueError where there is no picture.
 
-    features: of pixels, Inception's, say; with them rfid, the Frechet distance of reconstructions from originals. A
-    picture is decoded from the mode of its latent and clamped to [-1, 1]. ValueError where there is no picture.
+    features: of pixels, Inception's, say; with them rfid, the Frechet distance of reconstructions from originals.
     """
     device = next(autoencoder.parameters()).device
-    metrics: dict[str, Callable[[Image, Image], PerImage]] = {"psnr": psnr, "ssim": ssim}
-    if lpips is not None:
-        metrics["lpips"] = lpips
-    sums, images = dict.fromkeys(metrics, 0.0), 0
+    lost: dict[str, list[Tensor]] = {}
     rows: tuple[list[Tensor], list[Tensor]] = ([], [])
     for batch in batches:
         target = batch.to(device)
-        again = autoencoder.decode(autoencoder.encode(target).mode).clamp(-1, 1)
-        images += len(target)
-        for name, metric in metrics.items():
-            sums[name] += metric(again, target).sum().item()
-        for row, pictures in zip(rows, (again, target), strict=True):
-            row.extend(
-                []
-                if features is None
-                else [features(rearrange(to_pixels(pictures), "b h w c -> b c h w").to(device)).cpu()]
-            )
-    if not images:
+        again, found = compare(autoencoder, target, lpips)
+        for name, values in found.items():
+            lost.setdefault(name, []).append(values)
+        if features is not None:
+            for row, pictures in zip(rows, (again, target), strict=True):
+                row.append(features(rearrange(to_pixels(pictures), "b h w c -> b c h w").to(device)).cpu())
+    if not lost:
         raise ValueError("no picture to reconstruct")
-    report = {name: total / images for name, total in sums.items()}
+    report = {name: float(torch.cat(values).double().mean()) for name, values in lost.items()}
     return report if features is None else report | {"rfid": frechet(torch.cat(rows[0]), torch.cat(rows[1]))}

@@ -1,7 +1,5 @@
 """An evaluation as one JSON file and one HTML page that needs nothing beside it."""
 
-import base64
-import html
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -10,7 +8,7 @@ from typing import Any
 
 from PIL import Image
 
-from ldm import config
+from ldm import config, html
 from ldm.evaluation.plots import curves
 from ldm.evaluation.store import Pictures
 from ldm.evaluation.suite import Measured, Suite
@@ -36,37 +34,31 @@ ABOUT = {
     "nearest_train_of_held_back": ("the same of held-back pictures", ""),
     "copied": ("nearer than 99 % of the held-back", "less"),
 }
-_STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
-h2 { margin-top: 2.5rem } td, th { padding: .15rem .9rem .15rem 0; text-align: left } td.n { text-align: right }
-.grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(112px, 1fr)); gap: 10px }
-figure { margin: 0 } img { width: 100%; display: block; border: 3px solid transparent; box-sizing: border-box }
-figcaption { font-size: 11px; line-height: 1.25; color: #555 }
-.right img { border-color: #2a9d4e } .wrong img { border-color: #d0453b }
-.near { grid-template-columns: 130px repeat(4, 112px) } .note { color: #a04000 } svg { max-width: 100%; height: auto }
-"""
+_STYLE = """img{width:100%}.right img{border:3px solid #2a9d4e}.wrong img{border:3px solid #d0453b}
+.near{grid-template-columns:130px repeat(4,112px)}.note{color:#a04000}svg{max-width:100%;height:auto}"""
 SHOWN = 48
+Sweeps = Mapping[str, Mapping[float, Measured]]
 
 
-def write(folder: Path, suite: Suite, base: Measured, sweeps: Mapping[str, Mapping[float, Measured]]) -> dict[str, Any]:
+def write(folder: Path, suite: Suite, base: Measured, sweeps: Sweeps) -> dict[str, Any]:
     """Write `evaluation.json` and `evaluation.html`; returns what the JSON holds. Nothing in it tells the time."""
-    painter = suite.painter if suite.plan.model and "painter" in vars(suite) else None
+    made = suite.painter.made if "painter" in vars(suite) else None
+    judged = "judge" in suite.plan.metrics
     result: dict[str, Any] = {
-        "model": painter.made.model if painter else suite.plan.model,
-        "model_hash": painter.made.model_hash if painter else "",
+        "model": made.model if made else suite.plan.model,
+        "model_hash": made.model_hash if made else "",
         "plan": config.to_dict(suite.plan),
         "settings": dict(base.settings),
-        "metrics": {name: asdict(estimate) for name, estimate in base.metrics.items()},
+        "metrics": _figures(base),
         "sweeps": {
-            axis: [{axis: value} | {n: asdict(e) for n, e in one.metrics.items()} for value, one in points.items()]
-            for axis, points in sweeps.items()
+            axis: [{axis: value} | _figures(one) for value, one in points.items()] for axis, points in sweeps.items()
         },
-        "judge": dict(suite.judge.spec.accuracy) if "judge" in suite.plan.metrics else {},
+        "judge": dict(suite.judge.spec.accuracy) if judged else {},
         "verdicts": [
             {"prompt": text, "name": name, "colour": colour, "right": all(right)}
             for text, (name, colour), right in zip(base.prompted.texts, base.verdicts, base.right, strict=True)
         ]
-        if "judge" in suite.plan.metrics
+        if judged
         else [],
         "notes": list(dict.fromkeys(suite.notes)),
         "versions": versions(),
@@ -77,89 +69,75 @@ def write(folder: Path, suite: Suite, base: Measured, sweeps: Mapping[str, Mappi
     return result
 
 
-def page(result: Mapping[str, Any], base: Measured, sweeps: Mapping[str, Mapping[float, Measured]]) -> str:
-    """The HTML page."""
-    what = html.escape(str(result["model"] or result["plan"]["images"]))
-    parts = [f"<h1>{what}</h1><p>{_made(result)}</p>{_table(result)}"]
-    parts += [f'<p class="note">{html.escape(note)}</p>' for note in result["notes"]]
-    for axis, points in sweeps.items():
-        figures = {name: [one.metrics[name] for one in points.values()] for name in base.metrics}
-        drawn = {ABOUT.get(name, (_plain(name), ""))[0]: values for name, values in figures.items()}
-        parts.append(f"<h2>Over {html.escape(axis)}</h2>{_svg(curves(axis, list(points), drawn))}")
-    used = vars(base)
-    if "prompted" in used:
-        parts.append("<h2>What was asked, and what came</h2>" + _prompted(base))
-    if "captioned" in used:
-        rows = range(min(SHOWN, len(base.captioned.texts)))
-        parts.append("<h2>Of the data's captions</h2>" + _grid(base.captioned, rows, base.captioned.texts))
-    if "real" in vars(base.suite):
-        real = base.suite.real
-        parts.append("<h2>The data</h2>" + _grid(real, range(min(SHOWN // 2, len(real.texts))), real.texts))
-    if "reconstructed" in vars(base.suite):
-        again = base.suite.reconstructed[0]
-        parts.append(
-            "<h2>The data after the autoencoder</h2>"
-            + _grid(again, range(min(SHOWN // 2, len(again.texts))), again.texts)
-        )
-    if "neighbours" in used:
-        parts.append("<h2>The nearest training pictures, of those that are nearest</h2>" + _neighbours(base))
-    body = "\n".join(parts)
-    head = f'<meta charset="utf-8"><title>{what}</title><style>{_STYLE}</style>'
-    return f'<!doctype html><html lang="en">{head}{body}</html>\n'
+def _figures(measured: Measured) -> dict[str, Any]:
+    return {name: asdict(estimate) for name, estimate in measured.metrics.items()}
 
 
-def _made(result: Mapping[str, Any]) -> str:
-    plan = result["plan"]
+def page(result: Mapping[str, Any], base: Measured, sweeps: Sweeps) -> str:
+    """The HTML page: of what was measured, what there is to see."""
+    plan, judge, suite = result["plan"], result["judge"], base.suite
+    title = str(result["model"] or plan["images"])
     said = {"model": result["model_hash"][:10], "data": plan["data"], "seed": plan["seed"], **result["settings"]}
-    return html.escape(", ".join(f"{name} {value}" for name, value in said.items() if value != ""))
+    made = ", ".join(f"{name} {value}" for name, value in said.items() if value != "")
+    parts = [html.heading(title, 1), html.paragraph(made), _table(base)]
+    if judge:
+        names, colours = (f"{judge[what]:.0%} of {judge[what + 's']:.0f}" for what in ("name", "colour"))
+        told = f"The judge itself names {names} held-back pictures rightly, and the colour of {colours}."
+        parts.append(html.paragraph(told))
+    parts += [html.paragraph(note, "note") for note in result["notes"]]
+    for axis, points in sweeps.items():
+        drawn = {_about(name)[0]: [one.metrics[name] for one in points.values()] for name in base.metrics}
+        parts += [html.heading(f"Over {axis}"), _svg(curves(axis, list(points), drawn))]
+    if "prompted" in vars(base):
+        parts += [html.heading("What was asked, and what came"), _prompted(base)]
+    if "captioned" in vars(base):
+        parts += [html.heading("Of the data's captions"), _grid(base.captioned, SHOWN)]
+    if "real" in vars(suite):
+        parts += [html.heading("The data"), _grid(suite.real, SHOWN // 2)]
+    if "reconstructed" in vars(suite):
+        parts += [html.heading("The data after the autoencoder"), _grid(suite.reconstructed[0], SHOWN // 2)]
+    if "neighbours" in vars(base):
+        parts += [html.heading("The nearest training pictures, of those that are nearest"), _neighbours(base)]
+    return html.page(title, parts, _STYLE)
 
 
-def _plain(name: str) -> str:
+def _about(name: str) -> tuple[str, str]:
     what, _, group = name.rpartition("_")
-    return f"{what} of {group} prompts" if what else name
+    return ABOUT.get(name, (f"{what} of {group} prompts" if what else name, "more"))
 
 
-def _table(result: Mapping[str, Any]) -> str:
+def _table(base: Measured) -> str:
     rows = []
-    for name, one in result["metrics"].items():
-        text, better = ABOUT.get(name, (_plain(name), "more"))
-        interval = f"{one['low']:.4g} to {one['high']:.4g}"
-        hint = f"{better} is better" if better else ""
-        cells = f'<td class="n"><b>{one["value"]:.4g}</b><td>{interval}<td class="n">{one["n"]}<td>{hint}'
-        rows.append(f"<tr><td>{html.escape(text)}{cells}")
-    table = f"<table><tr><th><th>value<th>95 % interval<th>n<th>{''.join(rows)}</table>"
-    judge = result["judge"]
-    if not judge:
-        return table
-    names, colours = (f"{judge[what]:.0%} of {judge[what + 's']:.0f}" for what in ("name", "colour"))
-    return f"{table}<p>The judge itself names {names} held-back pictures rightly, and the colour of {colours}.</p>"
+    for name, one in base.metrics.items():
+        text, better = _about(name)
+        interval = f"{one.low:.4g} to {one.high:.4g}"
+        rows.append((text, float(one.value), interval, one.n, f"{better} is better" if better else ""))
+    return html.table(("", "value", "95 % interval", "n", ""), rows)
 
 
-def _picture(pixels: Any, caption: str = "", kind: str = "") -> str:
-    file = io.BytesIO()
-    Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(file, "webp", quality=90)
-    data = base64.b64encode(file.getvalue()).decode()
-    said = f"<figcaption>{html.escape(caption)}</figcaption>" if caption else ""
-    return f'<figure class="{kind}"><img alt="" src="data:image/webp;base64,{data}">{said}</figure>'
+def _figure(pixels: Any, caption: str = "", kind: str = "") -> str:
+    return html.figure(Image.fromarray(pixels.permute(1, 2, 0).numpy()), caption, kind)
 
 
-def _grid(pictures: Pictures, rows: Sequence[int], captions: Sequence[str], kinds: Sequence[str] = ()) -> str:
-    shown = [
-        _picture(pixels, captions[row], kinds[row] if kinds else "")
-        for row, pixels in zip(rows, pictures.read(rows) if len(rows) else [], strict=True)
-    ]
-    return f'<div class="grid">{"".join(shown)}</div>'
+def _grid(pictures: Pictures, most: int, captions: Sequence[str] = (), kinds: Sequence[str] = ()) -> str:
+    rows = range(min(most, len(pictures.texts)))
+    said = captions or pictures.texts
+    return html.grid(
+        _figure(pixels, said[row], kinds[row] if kinds else "")
+        for row, pixels in zip(rows, pictures.read(rows), strict=True)
+    )
 
 
 def _prompted(base: Measured) -> str:
-    texts, rows = base.prompted.texts, range(min(len(base.prompted.texts), 400))
+    texts = base.prompted.texts
     if "verdicts" not in vars(base):
-        return _grid(base.prompted, rows, texts)
+        return _grid(base.prompted, 400)
+    right = [all(both) for both in base.right]
     captions = [
-        text if all(right) else f"{text} → {colour} {name}"
-        for text, (name, colour), right in zip(texts, base.verdicts, base.right, strict=True)
+        text if good else f"{text} → {colour} {name}"
+        for text, (name, colour), good in zip(texts, base.verdicts, right, strict=True)
     ]
-    return _grid(base.prompted, rows, captions, ["right" if all(right) else "wrong" for right in base.right])
+    return _grid(base.prompted, 400, captions, ["right" if good else "wrong" for good in right])
 
 
 def _neighbours(base: Measured) -> str:
@@ -168,8 +146,8 @@ def _neighbours(base: Measured) -> str:
     shown = []
     for row, pixels in zip(rows, base.captioned.read(rows), strict=True):
         near = zip(train.read(indices[row].tolist()), distances[row].tolist(), strict=True)
-        shown += [_picture(pixels, base.captioned.texts[row]), *(_picture(p, f"{d:.3f}") for p, d in near)]
-    return f'<div class="grid near">{"".join(shown)}</div>'
+        shown += [_figure(pixels, base.captioned.texts[row]), *(_figure(p, f"{d:.3f}") for p, d in near)]
+    return html.grid(shown, "near")
 
 
 def _svg(figure: Any) -> str:

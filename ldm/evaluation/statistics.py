@@ -25,6 +25,9 @@ class Estimate:
     n: int
 
 
+Estimates = dict[str, Estimate]
+
+
 def frechet(x: Rows, y: Rows) -> float:
     """The Frechet distance of the Gaussians with the means and covariances of two sets of rows.
 
@@ -72,29 +75,21 @@ def inception_score(logits: Rows) -> float:
     return float((log_p.exp() * (log_p - log_q)).sum(1).mean().exp())
 
 
-@dataclass(frozen=True)
-class Manifold:
-    """What each row adds to precision and density (generated rows), recall and coverage (real rows)."""
+def manifold(x: Rows, y: Rows, k: int = 3, k_density: int = 5) -> dict[str, PerRow]:
+    """What generated rows x add to `precision` and `density`, each, and real rows y to `recall` and `coverage`.
 
-    precision: PerRow
-    recall: PerRow
-    density: PerRow
-    coverage: PerRow
-
-
-def manifold(x: Rows, y: Rows, k: int = 3, k_density: int = 5) -> Manifold:
-    """Generated rows x against real rows y: balls around each row that reach to its k-th neighbour.
-
-    ValueError where a set has no k-th neighbour.
+    By balls around each row that reach to its k-th neighbour. ValueError where a set has no k-th neighbour.
     """
     if min(len(x), len(y)) <= max(k, k_density):
         raise ValueError(f"{max(k, k_density)} neighbours need more pictures than {len(x)} and {len(y)}")
     between = torch.cdist(x.double(), y.double())
-    in_real, in_made = between <= _reach(y, k), _reach(x, k) >= between.T
     dense: Bool[Tensor, "x y"] = between <= _reach(y, k_density)
-    return Manifold(
-        in_real.any(1).double(), in_made.any(1).double(), dense.double().sum(1) / k_density, dense.any(0).double()
-    )
+    return {
+        "precision": (between <= _reach(y, k)).any(1).double(),
+        "recall": (_reach(x, k) >= between.T).any(1).double(),
+        "density": dense.double().sum(1) / k_density,
+        "coverage": dense.any(0).double(),
+    }
 
 
 def _reach(x: Rows, k: int) -> PerRow:
@@ -137,6 +132,11 @@ def _interval(value: float, found: PerRow, n: int) -> Estimate:
 
 def fid(x: Rows, y: Rows, rounds: int) -> Estimate:
     return resampled(lambda i, j: frechet(x[i], y[j]), len(x), len(y), rounds)
+
+
+def inception_scores(logits: Rows, rounds: int) -> Estimate:
+    n = len(logits)
+    return resampled(lambda i, _: inception_score(logits[i]), n, n, rounds)
 
 
 def kid(x: Rows, y: Rows, rounds: int) -> Estimate:

@@ -36,13 +36,15 @@ def key(*parts: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
+@dataclass(frozen=True)
 class Store:
     """Chunks in a folder. rank and world: which of how many processes this is; wait: a barrier of all of them."""
 
-    def __init__(
-        self, folder: Path, rank: int = 0, world: int = 1, wait: Callable[[], None] = lambda: None, chunk: int = 16
-    ) -> None:
-        self.folder, self.rank, self.world, self.wait, self.chunk = folder, rank, world, wait, chunk
+    folder: Path
+    rank: int = 0
+    world: int = 1
+    wait: Callable[[], None] = lambda: None
+    chunk: int = 16
 
     def make(self, name: str, total: int, compute: Callable[[range], dict[str, Tensor]]) -> list[Path]:
         """The files of all chunks, of which those that are missing are computed, each by one of the processes."""
@@ -75,10 +77,9 @@ class Found:
         raw = [self._sound(one) for one in self._source.read(self.rows)]
         if not raw:
             raise UserError(f"{path!r} holds no pictures")
-        self.columns = [one.columns for one in raw]
+        self.columns, files = [one.columns for one in raw], self._source.ids()
         self.size = size or min(decode(raw[0].image).size)
         self.name = key("found", self._source.stamp(), [hashlib.sha256(r.image).hexdigest() for r in raw], self.size)
-        files = self._source.ids()
         self.texts = [_text(one.columns, Path(path, files[i])) for one, i in zip(raw, self.rows, strict=True)]
 
     def captions(self, n: int) -> list[str]:

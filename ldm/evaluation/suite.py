@@ -1,6 +1,5 @@
 """The evaluation of a model or of ready pictures: which pictures each metric needs, made once and kept."""
 
-import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -17,9 +16,9 @@ from ldm.evaluation import statistics
 from ldm.evaluation.clip import load_clip
 from ldm.evaluation.inception import Inception
 from ldm.evaluation.judge import Judge, looks
-from ldm.evaluation.reconstruction import psnr, ssim
-from ldm.evaluation.statistics import Estimate
-from ldm.evaluation.store import Found, Kept, Pictures, Store, key, paint
+from ldm.evaluation.reconstruction import compare
+from ldm.evaluation.statistics import Estimates, mean
+from ldm.evaluation.store import Found, Kept, Pictures, Pixels, Store, key, paint
 from ldm.families.load import load as load_model
 from ldm.files import digest, sha256
 from ldm.images import to_pixels
@@ -27,8 +26,6 @@ from ldm.models.perceptual import LPIPS
 from ldm.pipeline import Pipeline, choose, find
 from ldm.pipeline import load as load_painter
 from ldm.recipe import Request
-
-Estimates = dict[str, Estimate]
 
 
 @dataclass(frozen=True)
@@ -70,11 +67,12 @@ class Plan:
                 )
         if bool(self.model) == bool(self.images):
             raise UserError("give either a model that paints or --images, a folder of ready pictures")
-        if self.images and (alone := set(self.metrics) & set(OF_AUTOENCODER)):
-            raise UserError(f"{', '.join(sorted(alone))} measure an autoencoder: give --model in place of --images")
-        for name, needed in NEEDS.items():
-            if name in self.metrics and not getattr(self, needed):
-                raise UserError(f"the metric {name} needs --{needed}")
+        for name in self.metrics:
+            if self.images and METRICS[name].autoencoder:
+                raise UserError(f"{name} measures an autoencoder: give --model in place of --images")
+            for needed in METRICS[name].needs:
+                if not getattr(self, needed):
+                    raise UserError(f"the metric {name} needs --{needed}")
 
 
 class Suite:
@@ -84,8 +82,8 @@ class Suite:
         self.plan, self.store = plan, store
         self.rounds = plan.rounds if store.rank == 0 else 0  # the others help to paint, and need no intervals
         self.notes: list[str] = []
-        for weights, metrics in WEIGHTS.items():
-            if metrics & set(plan.metrics):
+        for metric in plan.metrics:
+            for weights in METRICS[metric].weights:
                 getattr(self, weights)  # now: a file that is missing shall not be missed after an hour of painting
 
     @cached_property
@@ -95,7 +93,7 @@ class Suite:
     @cached_property
     def model(self) -> Model:
         """The painter's, or what may be an autoencoder alone where nothing is painted."""
-        paints = set(self.plan.metrics) - set(OF_AUTOENCODER)
+        paints = any(not METRICS[name].autoencoder for name in self.plan.metrics)
         return self.painter.model if paints else load_model(find(self.plan.model), self.device)
 
     @cached_property
@@ -114,21 +112,15 @@ class Suite:
     def judge(self) -> Judge:
         judge = Judge.load(self.plan.judge)
         if judge.spec.inception != sha256(Path(self.plan.inception)):
-            raise UserError(
-                f"the judge {self.plan.judge!r} was trained on other features than {self.plan.inception!r}'s"
-            )
+            raise UserError(f"the judge {self.plan.judge!r} was trained on other features than {self.plan.inception!r}")
         return judge
 
     @cached_property
     def size(self) -> int:
-        if self.plan.size or self.plan.images:
-            return self.plan.size
-        return self.model.spec.image_size
+        return self.plan.size if self.plan.size or self.plan.images else self.model.spec.image_size
 
     @cached_property
     def real(self) -> Found:
-        if not self.plan.data:
-            raise UserError("these metrics need --data: held-back pictures, as shards or a folder")
         return Found(self.plan.data, self.size or self.ready.size)
 
     @cached_property
@@ -137,24 +129,33 @@ class Suite:
 
     @cached_property
     def groups(self) -> dict[str, list[str]]:
+        path = self.plan.prompts
         try:
-            groups = yaml.safe_load(Path(self.plan.prompts).read_text("utf-8"))
+            groups = yaml.safe_load(Path(path).read_text("utf-8"))
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise UserError(f"cannot read prompts from {self.plan.prompts!r}: {error}") from None
+            raise UserError(f"cannot read prompts from {path!r}: {error}") from None
         if not isinstance(groups, dict) or not all(isinstance(g, list) and g for g in groups.values()):
-            raise UserError(f"{self.plan.prompts!r} must hold groups of prompts, such as `seen: [a red apple]`")
+            raise UserError(f"{path!r} must hold groups of prompts, such as `seen: [a red apple]`")
         return {str(name): [str(prompt) for prompt in group] for name, group in groups.items()}
+
+    def seen(
+        self, pictures: Pictures, look: Callable[[Pixels, range], dict[str, Tensor]], *by: Any
+    ) -> dict[str, Tensor]:
+        """What `look` sees in the pictures of each chunk, kept under a name of the pictures and of what it looks by."""
+
+        @torch.no_grad()
+        def compute(part: range) -> dict[str, Tensor]:
+            return look(pictures.read(part).to(self.device), part)
+
+        return self.store.rows(key(pictures.name, *by), len(pictures.texts), compute)
 
     def features(self, pictures: Pictures) -> dict[str, Tensor]:
         """Inception's `pool` and, where its weights have a classifier, `logits`."""
 
-        @torch.no_grad()
-        def compute(part: range) -> dict[str, Tensor]:
-            found = self.inception(pictures.read(part).to(self.device))
-            return {"pool": found.pool} | ({} if found.logits is None else {"logits": found.logits})
+        def look(pixels: Pixels, _: range) -> dict[str, Tensor]:
+            return {name: value for name, value in self.inception(pixels)._asdict().items() if value is not None}
 
-        name = key("inception", pictures.name, sha256(Path(self.plan.inception)))
-        return self.store.rows(name, len(pictures.texts), compute)
+        return self.seen(pictures, look, "inception", sha256(Path(self.plan.inception)))
 
     @cached_property
     def reconstructed(self) -> tuple[Pictures, dict[str, Tensor]]:
@@ -162,36 +163,28 @@ class Suite:
         real, autoencoder = self.real, self.model.autoencoder
         lpips = self.lpips if "lpips" in self.plan.metrics else None
 
-        @torch.no_grad()
         def compute(part: range) -> dict[str, Tensor]:
-            target = real.read(part).to(self.device) / 127.5 - 1
-            latent = autoencoder.encode(target.to(next(autoencoder.parameters()).dtype)).mode
-            again = autoencoder.decode(latent).float().clamp(-1, 1)
-            found = {"psnr": psnr(again, target), "ssim": ssim(again, target)}
-            found["pixels"] = to_pixels(again).permute(0, 3, 1, 2)
-            return found if lpips is None else found | {"lpips": lpips(again, target)}
+            again, lost = compare(autoencoder, real.read(part).to(self.device) / 127.5 - 1, lpips)
+            return lost | {"pixels": to_pixels(again).permute(0, 3, 1, 2)}
 
         weights = sha256(Path(self.plan.lpips)) if lpips else ""
         name = key("reconstructed", digest(find(self.plan.model)), self.plan.precision, real.name, weights)
-        figures = self.store.rows(name, len(real.texts), compute)
-        return Kept(name, real.texts, self.store.make(name, len(real.texts), compute), self.store.chunk), figures
+        lost = self.store.rows(name, len(real.texts), compute)
+        return Kept(name, real.texts, self.store.make(name, len(real.texts), compute), self.store.chunk), lost
 
     def measure(self, settings: Mapping[str, Any]) -> "Measured":
         """All metrics of the plan, of pictures painted with these fields of a Request."""
         measured = Measured(self, settings)
-        measured.metrics = {
-            name: estimate for metric in self.plan.metrics for name, estimate in METRICS[metric](measured).items()
-        }
+        for metric in self.plan.metrics:
+            measured.metrics |= METRICS[metric].measure(measured)
         return measured
 
 
 class Measured:
     """One setting: its pictures and figures."""
 
-    metrics: Estimates
-
     def __init__(self, suite: Suite, settings: Mapping[str, Any]) -> None:
-        self.suite, self.settings = suite, settings
+        self.suite, self.settings, self.metrics = suite, settings, Estimates()
 
     def _paint(self, prompts: Sequence[str]) -> Pictures:
         base = replace(Request("", seed=self.suite.plan.seed), **self.settings)
@@ -206,24 +199,22 @@ class Measured:
     @cached_property
     def prompted(self) -> Pictures:
         """Several pictures of each prompt, or the ready ones."""
-        plan = self.suite.plan
-        if plan.images:
+        if self.suite.plan.images:
             return self.suite.ready
         prompts = [prompt for group in self.suite.groups.values() for prompt in group]
-        return self._paint([prompt for prompt in prompts for _ in range(plan.per_prompt)])
+        return self._paint([prompt for prompt in prompts for _ in range(self.suite.plan.per_prompt)])
 
     @cached_property
-    def features(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        return self.suite.features(self.captioned), self.suite.features(self.suite.real)
+    def features(self) -> tuple[Tensor, Tensor]:
+        """Inception's, of the pictures and of the data."""
+        return self.suite.features(self.captioned)["pool"], self.suite.features(self.suite.real)["pool"]
 
     @cached_property
     def verdicts(self) -> list[tuple[str, str]]:
         """What the judge says that each prompted picture shows."""
-        judge, suite, pictures = self.suite.judge, self.suite, self.prompted
-        name = key("judged", pictures.name, judge.spec.inception, judge.spec.side, judge.spec.detail)
-        seen = suite.store.rows(
-            name, len(pictures.texts), lambda part: looks(pictures.read(part), suite.inception, judge.spec)
-        )
+        judge, suite = self.suite.judge, self.suite
+        by = ("judged", judge.spec.inception, judge.spec.side, judge.spec.detail)
+        seen = suite.seen(self.prompted, lambda pixels, _: looks(pixels, suite.inception, judge.spec), *by)
         return judge.verdicts(seen["features"], seen["histogram"])
 
     @cached_property
@@ -236,19 +227,8 @@ class Measured:
     def neighbours(self) -> tuple[Found, Tensor, Tensor, Tensor]:
         """Training pictures; distances and indices (n, 4) of the nearest to each picture; held-back ones' distances."""
         train = Found(self.suite.plan.train, self.suite.size, self.suite.plan.train_n)
-        known = self.suite.features(train)["pool"]
-        made, real = (features["pool"] for features in self.features)
+        known, (made, real) = self.suite.features(train)["pool"], self.features
         return train, *statistics.nearest(made, known, 4), statistics.nearest(real, known)[0][:, 0]
-
-
-def _fid(m: Measured) -> Estimates:
-    made, real = m.features
-    return {"fid": statistics.fid(made["pool"], real["pool"], m.suite.rounds)}
-
-
-def _kid(m: Measured) -> Estimates:
-    made, real = m.features
-    return {"kid": statistics.kid(made["pool"], real["pool"], m.suite.rounds)}
 
 
 def _inception_score(m: Measured) -> Estimates:
@@ -256,27 +236,15 @@ def _inception_score(m: Measured) -> Estimates:
     if logits is None:
         m.suite.notes.append("no Inception score: its weights hold no classifier (`fc.weight`)")
         return {}
-    n = len(logits)
-    score = statistics.resampled(lambda i, _: statistics.inception_score(logits[i]), n, n, m.suite.rounds)
-    return {"inception_score": score}
+    return {"inception_score": statistics.inception_scores(logits, m.suite.rounds)}
 
 
-def _manifold(m: Measured) -> statistics.Manifold:
-    made, real = m.features
+def _manifold(m: Measured, *wanted: str) -> Estimates:
     try:
-        return statistics.manifold(made["pool"], real["pool"])
+        found = statistics.manifold(*m.features)
     except ValueError as error:
         raise UserError(f"precision, recall, density and coverage: {error}; paint more (--n)") from None
-
-
-def _pr(m: Measured) -> Estimates:
-    found = _manifold(m)
-    return {"precision": statistics.mean(found.precision), "recall": statistics.mean(found.recall)}
-
-
-def _dc(m: Measured) -> Estimates:
-    found = _manifold(m)
-    return {"density": statistics.mean(found.density), "coverage": statistics.mean(found.coverage)}
+    return {name: mean(found[name]) for name in wanted}
 
 
 def _clip(m: Measured) -> Estimates:
@@ -284,12 +252,12 @@ def _clip(m: Measured) -> Estimates:
     if not all(pictures.texts):
         raise UserError("CLIP score needs a text for each picture: a .txt beside it, or pictures that ldm painted")
     score = load_clip(Path(plan.clip), plan.clip_model)
-    found = m.suite.store.rows(
-        key("clip", pictures.name, pictures.texts, sha256(Path(plan.clip)), plan.clip_model),
-        len(pictures.texts),
-        lambda part: {"score": score(pictures.read(part), [pictures.texts[i] for i in part])},
-    )
-    return {"clip": statistics.mean(found["score"])}
+
+    def look(pixels: Pixels, part: range) -> dict[str, Tensor]:
+        return {"score": score(pixels.cpu(), [pictures.texts[i] for i in part])}
+
+    by = ("clip", pictures.texts, sha256(Path(plan.clip)), plan.clip_model)
+    return {"clip": mean(m.suite.seen(pictures, look, *by)["score"])}
 
 
 def _diversity(m: Measured) -> Estimates:
@@ -305,33 +273,29 @@ def _diversity(m: Measured) -> Estimates:
         found = []
         for same in several[part.start : part.stop]:
             images = pictures.read(same).float().to(m.suite.device) / 127.5 - 1
-            left, right = zip(*itertools.combinations(range(len(same)), 2), strict=True)
-            found.append(lpips(images[list(left)], images[list(right)]).mean())
+            left, right = torch.combinations(torch.arange(len(same))).T
+            found.append(lpips(images[left], images[right]).mean())
         return {"lpips": torch.stack(found)}
 
     name = key("diversity", pictures.name, several, sha256(Path(m.suite.plan.lpips)))
-    return {"diversity": statistics.mean(m.suite.store.rows(name, len(several), compute)["lpips"])}
+    return {"diversity": mean(m.suite.store.rows(name, len(several), compute)["lpips"])}
 
 
 def _judge(m: Measured) -> Estimates:
     """How often the judge names what was asked, by group of prompts."""
-    right = torch.tensor(m.right).double()
-    group_of = {prompt: name for name, group in m.suite.groups.items() for prompt in group}
+    right, spec, groups = torch.tensor(m.right).double(), m.suite.judge.spec, m.suite.groups
+    group_of = {prompt: name for name, group in groups.items() for prompt in group}
     of = [group_of.get(text, "other") for text in m.prompted.texts]
-    found: Estimates = {}
+    found = Estimates()
     for group in dict.fromkeys(of):
         mine = right[[i for i, name in enumerate(of) if name == group]]
         for what, values in {"accuracy": mine.prod(1), "name": mine[:, 0], "colour": mine[:, 1]}.items():
-            found[f"{what}_{group}"] = statistics.mean(values)
-    spec = m.suite.judge.spec
-    met = [prompt for prompt in m.suite.groups.get("new", []) if _met(spec.pairs, *spec.asked(prompt))]
+            found[f"{what}_{group}"] = mean(values)
+    asked = {prompt: spec.asked(prompt) for prompt in groups.get("new", [])}
+    met = [prompt for prompt, (name, colour) in asked.items() if colour in ("", *spec.pairs.get(name, ()))]
     if met and not m.suite.plan.images:
         m.suite.notes.append(f"not new, for the corpus shows them: {', '.join(met)}")
     return found
-
-
-def _met(pairs: Mapping[str, Sequence[str]], name: str, colour: str) -> bool:
-    return not colour or colour in pairs.get(name, ())
 
 
 def _neighbours(m: Measured) -> Estimates:
@@ -340,45 +304,49 @@ def _neighbours(m: Measured) -> Estimates:
     copied: the share that is nearer than 99 % of the held-back pictures are.
     """
     _, distances, _, held = m.neighbours
-    near = distances[:, 0]
-    copied = near < torch.quantile(held, 0.01)
-    return {
-        "nearest_train": statistics.mean(near),
-        "nearest_train_of_held_back": statistics.mean(held),
-        "copied": statistics.mean(copied.double()),
-    }
+    near, copied = distances[:, 0], (distances[:, 0] < torch.quantile(held, 0.01)).double()
+    figures = {"nearest_train": near, "nearest_train_of_held_back": held, "copied": copied}
+    return {name: mean(values) for name, values in figures.items()}
 
 
-def _reconstructed(what: str) -> Callable[[Measured], Estimates]:
-    def measure(m: Measured) -> Estimates:
-        again, figures = m.suite.reconstructed
-        if what != "rfid":
-            return {what: statistics.mean(figures[what])}
-        x, y = (m.suite.features(pictures)["pool"] for pictures in (again, m.suite.real))
-        return {"rfid": statistics.fid(x, y, m.suite.rounds)}
-
-    return measure
+def _rfid(m: Measured) -> Estimates:
+    again, real = (m.suite.features(pictures)["pool"] for pictures in (m.suite.reconstructed[0], m.suite.real))
+    return {"rfid": statistics.fid(again, real, m.suite.rounds)}
 
 
-OF_AUTOENCODER = ("rfid", "psnr", "ssim", "lpips")
-METRICS: dict[str, Callable[[Measured], Estimates]] = {
-    "fid": _fid,
-    "kid": _kid,
-    "is": _inception_score,
-    "pr": _pr,
-    "dc": _dc,
-    "clip": _clip,
-    "diversity": _diversity,
-    "judge": _judge,
-    "neighbours": _neighbours,
-    **{name: _reconstructed(name) for name in OF_AUTOENCODER},
+def _lost(what: str) -> Callable[[Measured], Estimates]:
+    return lambda m: {what: mean(m.suite.reconstructed[1][what])}
+
+
+@dataclass(frozen=True)
+class Metric:
+    """measure: its figures. weights, needs: the networks and the fields of a Plan that it cannot do without.
+
+    autoencoder: whether that is what it measures; then nothing is painted.
+    """
+
+    measure: Callable[[Measured], Estimates]
+    weights: tuple[str, ...] = ()
+    needs: tuple[str, ...] = ()
+    autoencoder: bool = False
+
+
+_INCEPTION, _DATA = ("inception",), ("data",)
+METRICS = {
+    "fid": Metric(lambda m: {"fid": statistics.fid(*m.features, m.suite.rounds)}, _INCEPTION, _DATA),
+    "kid": Metric(lambda m: {"kid": statistics.kid(*m.features, m.suite.rounds)}, _INCEPTION, _DATA),
+    "is": Metric(_inception_score, _INCEPTION),
+    "pr": Metric(lambda m: _manifold(m, "precision", "recall"), _INCEPTION, _DATA),
+    "dc": Metric(lambda m: _manifold(m, "density", "coverage"), _INCEPTION, _DATA),
+    "clip": Metric(_clip, needs=("clip",)),
+    "diversity": Metric(_diversity, ("lpips",)),
+    "judge": Metric(_judge, ("inception", "judge")),
+    "neighbours": Metric(_neighbours, _INCEPTION, ("train", "data")),
+    "rfid": Metric(_rfid, _INCEPTION, _DATA, autoencoder=True),
+    "psnr": Metric(_lost("psnr"), (), _DATA, autoencoder=True),
+    "ssim": Metric(_lost("ssim"), (), _DATA, autoencoder=True),
+    "lpips": Metric(_lost("lpips"), ("lpips",), _DATA, autoencoder=True),
 }
-WEIGHTS = {
-    "inception": {"fid", "kid", "is", "pr", "dc", "neighbours", "rfid", "judge"},
-    "lpips": {"lpips", "diversity"},
-    "judge": {"judge"},
-}
-NEEDS = {"clip": "clip", "neighbours": "train"} | dict.fromkeys(("fid", "kid", "pr", "dc", *OF_AUTOENCODER), "data")
 
 
 def settings(texts: Sequence[str]) -> dict[str, list[Any]]:
@@ -389,9 +357,8 @@ def settings(texts: Sequence[str]) -> dict[str, list[Any]]:
     for text in texts:
         name, _, values = text.partition("=")
         if name not in kinds:
-            raise UserError(
-                f"no way of painting is called {name!r}{nearest(name, list(kinds))}: use {', '.join(kinds)}"
-            )
+            hint = nearest(name, list(kinds))
+            raise UserError(f"no way of painting is called {name!r}{hint}: use {', '.join(kinds)}")
         try:
             found[name] = [kinds[name](value) for value in values.split(",")]
         except ValueError:

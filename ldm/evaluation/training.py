@@ -1,9 +1,9 @@
 """How a judge is made: which pictures show what, how they are changed so that a name is its shape, and the fit."""
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -37,30 +37,23 @@ class JudgeRun:
     steps: int = 400
 
 
-@dataclass(frozen=True)
-class Labels:
-    """Of each picture: which name and which colour, -1 for none; and all the colours that its captions speak of."""
-
-    names: Int[Tensor, " b"]
-    colours: Int[Tensor, " b"]
-    spoken: list[set[str]]
-
-    @classmethod
-    def read(cls, pictures: Found, spec: JudgeSpec) -> "Labels":
-        names, colours, spoken = [], [], []
-        for columns in pictures.columns:
-            found, colour = spec.name(str(columns.get("name", ""))), str(columns.get("colour", ""))
-            names.append(list(spec.names).index(found) if found else -1)
-            colours.append(COLOURS.index(colour) if colour in COLOURS else -1)
-            spoken.append(set(_WORDS.findall(" ".join([colour, *columns["captions"]]).lower())))
-        return cls(torch.tensor(names), torch.tensor(colours), spoken)
+def labels(pictures: Found, spec: JudgeSpec) -> tuple[Int[Tensor, " b"], Int[Tensor, " b"], list[set[str]]]:
+    """Which name and which colour each picture shows, -1 for none; and all the colours that its captions speak of."""
+    listed, found = list(spec.names), [spec.name(str(columns.get("name", ""))) for columns in pictures.columns]
+    colours = [str(columns.get("colour", "")) for columns in pictures.columns]
+    said = [" ".join([colour, *one["captions"]]) for colour, one in zip(colours, pictures.columns, strict=True)]
+    return (
+        torch.tensor([listed.index(name) if name else -1 for name in found]),
+        torch.tensor([COLOURS.index(colour) if colour in COLOURS else -1 for colour in colours]),
+        [set(_WORDS.findall(text.lower())) for text in said],
+    )
 
 
 def make_judge(run: JudgeRun, store: Store) -> Judge:
     """Train a judge and measure it on the held-back pictures. UserError for a name that no picture has."""
     inception, spec = Inception.load(run.inception), JudgeSpec(run.names, sha256(Path(run.inception)), run.side)
     corpus, held = Found(run.data, run.size), Found(run.validation, run.size)
-    known, truth = Labels.read(corpus, spec), Labels.read(held, spec)
+    all_names, all_colours, spoken = labels(corpus, spec)
 
     def look(pictures: Found, rows: list[int], changed: bool = False) -> dict[str, Tensor]:
         def compute(part: range) -> dict[str, Tensor]:
@@ -76,27 +69,33 @@ def make_judge(run: JudgeRun, store: Store) -> Judge:
 
     rng, chosen, pairs = torch.Generator().manual_seed(run.seed), list[int](), dict[str, tuple[str, ...]]()
     for index, name in enumerate(spec.names):
-        rows = (known.names == index).nonzero().flatten()
+        rows = (all_names == index).nonzero().flatten()
         if not len(rows):
             raise UserError(f"no picture of the corpus is called {name!r}: change its pattern or leave it out")
         chosen += rows[torch.randperm(len(rows), generator=rng)[: run.most]].tolist()
-        pairs[name] = tuple(sorted(set().union(*(known.spoken[row] for row in rows.tolist()))))
+        pairs[name] = tuple(sorted(set().union(*(spoken[row] for row in rows.tolist()))))
     views = [look(corpus, chosen), look(corpus, chosen, changed=True)]
     features, histograms = (torch.cat([view[what] for view in views]) for what in ("features", "histogram"))
-    names, colours = known.names[chosen].repeat(2), known.colours[chosen].repeat(2)
+    names, colours = all_names[chosen].repeat(2), all_colours[chosen].repeat(2)
     colours[len(chosen) :: 2] = -1  # chunks are even, so these are the recoloured ones
     judge = Judge(replace(spec, pairs=pairs))
     fit(judge, features, histograms, names, colours, run)
-    there = ((truth.names >= 0) | (truth.colours >= 0)).nonzero().flatten()
-    seen = look(held, there.tolist())
+    judge.spec = replace(judge.spec, accuracy=_accuracy(judge, held, look))
+    return judge
+
+
+def _accuracy(judge: Judge, held: Found, look: Callable[[Found, list[int]], dict[str, Tensor]]) -> dict[str, float]:
+    """The share of pictures whose name and whose colour it says rightly, and how many have one."""
+    truth = torch.stack(labels(held, judge.spec)[:2])
+    rows = (truth >= 0).any(0).nonzero().flatten()
+    seen = look(held, rows.tolist())
     with torch.no_grad():
         found = judge(seen["features"], seen["histogram"])
     accuracy = dict[str, float]()
-    for what, logits, right in zip(("name", "colour"), found, (truth.names[there], truth.colours[there]), strict=True):
+    for what, logits, right in zip(("name", "colour"), found, truth[:, rows], strict=True):
         told = right >= 0
         accuracy |= {what: float((logits.argmax(1) == right)[told].double().mean()), f"{what}s": float(told.sum())}
-    judge.spec = replace(judge.spec, accuracy=accuracy)
-    return judge
+    return accuracy
 
 
 def blurred(pixels: Pixels, rng: torch.Generator) -> Pixels:
@@ -120,14 +119,7 @@ def recoloured(pixels: Pixels, rng: torch.Generator) -> Pixels:
     return pixels[torch.arange(len(pixels))[:, None], orders]
 
 
-def fit(
-    judge: Judge,
-    features: Tensor,
-    histograms: Tensor,
-    names: Int[Tensor, " b"],
-    colours: Int[Tensor, " b"],
-    run: JudgeRun,
-) -> None:
+def fit(judge: Judge, features: Tensor, histograms: Tensor, names: Tensor, colours: Tensor, run: JudgeRun) -> None:
     """Fit both heads; a rare name weighs more, but not as much more as it is rare."""
     share = torch.bincount(names[names >= 0], minlength=len(judge.spec.names)).clamp(min=1)
     weight = (share.float().mean() / share).sqrt()
@@ -136,10 +128,7 @@ def fit(
         for parameter in judge.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=rng) * parameter[0].numel() ** -0.5)
         judge.names.weight.zero_()
-    heads: list[dict[str, Any]] = [
-        {"params": judge.names.parameters()},
-        {"params": judge.colours.parameters(), "lr": 1e-2},
-    ]
+    heads = [{"params": judge.names.parameters()}, {"params": judge.colours.parameters(), "lr": 1e-2}]
     optimiser = torch.optim.AdamW(heads, lr=2e-3, weight_decay=0.1)
     rate = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, run.steps)
     judge.train()

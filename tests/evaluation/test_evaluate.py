@@ -214,7 +214,7 @@ def test_clip_score(evaluate, pictures: Path, clip: tuple[Path, Path], tmp_path:
         (["--model", "x", "--metrics", "fidd", "--data", "x"], "unknown metric 'fidd' (did you mean 'fid'?)"),
         (["--metrics", "fid"], "give either a model"),
         (["--model", "x", "--images", "y"], "give either a model"),
-        (["--images", "x", "--metrics", "rfid", "--data", "x"], "measure an autoencoder"),
+        (["--images", "x", "--metrics", "rfid", "--data", "x"], "measures an autoencoder"),
         (["--model", "x", "--metrics", "kid"], "needs --data"),
         (["--model", "x", "--metrics", "clip"], "needs --clip"),
         (["--model", "x", "--metrics", "neighbours"], "needs --train"),

@@ -89,8 +89,8 @@ def test_precision_and_recall_equal_torch_fidelity(fidelity: ModuleType) -> None
     x, y = rows(60, 4), rows(50, 4, 1, 0.8)
     theirs = fidelity.metric_prc.calculate_precision_recall_full(x.double(), y.double(), 3)
     found = statistics.manifold(x, y)
-    assert (found.precision.mean().item(), found.recall.mean().item()) == pytest.approx(theirs)
-    assert 0 < found.precision.mean() < 1
+    assert (found["precision"].mean().item(), found["recall"].mean().item()) == pytest.approx(theirs)
+    assert 0 < found["precision"].mean() < 1
 
 
 def test_density_and_coverage_by_the_book() -> None:
@@ -98,8 +98,8 @@ def test_density_and_coverage_by_the_book() -> None:
     reach = [sorted(math.dist(a, b) for b in y.tolist())[k] for a in y.tolist()]
     inside = np.array([[math.dist(a, b) <= r for b, r in zip(y.tolist(), reach, strict=True)] for a in x.tolist()])
     found = statistics.manifold(x, y)
-    assert found.density.mean().item() == pytest.approx(inside.sum() / (k * len(x)))
-    assert found.coverage.mean().item() == pytest.approx(inside.any(0).mean())
+    assert found["density"].mean().item() == pytest.approx(inside.sum() / (k * len(x)))
+    assert found["coverage"].mean().item() == pytest.approx(inside.any(0).mean())
     with pytest.raises(ValueError, match="neighbours need more pictures"):
         statistics.manifold(x[:5], y)
 
