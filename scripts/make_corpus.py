@@ -18,7 +18,7 @@ from pyarrow import parquet
 from rich.console import Console
 from rich.progress import track
 
-from ldm.data.corpus import SOURCES, build, fetch
+from corpus.packages import SOURCES, build, fetch
 from ldm.errors import Parser, UserError, nearest, script, whole
 
 

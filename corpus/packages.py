@@ -24,8 +24,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image, ImageOps
 
+from corpus.renders import pose, read_mesh, views
 from ldm.data.images import on_white
-from ldm.data.renders import pose, read_mesh, views
 from ldm.errors import UserError
 
 SIZE = 128
