@@ -4,7 +4,7 @@ import io
 import math
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -40,11 +40,6 @@ def grid(pixels: Pixels, columns: int = 0) -> UInt8[Tensor, "1 height width 3"]:
         top, left = i // columns * (h + gap), i % columns * (w + gap)
         sheet[0, top : top + h, left : left + w] = picture
     return sheet
-
-
-def sheet(batches: Sequence[Pixels], columns: int = 0) -> UInt8[Tensor, "height width 3"]:
-    """All pictures of a run on one sheet; of one picture, or 1 to a row, as square as may be."""
-    return grid(torch.cat([*batches]), columns if columns > 1 else 0)[0]
 
 
 def png(pixels: UInt8[Tensor, "h w 3"], text: Mapping[str, str] | None = None) -> bytes:

@@ -15,7 +15,7 @@ from ldm.restore import parse
 from ldm.shapes import Sigmas
 from ldm.text.reader import Reader
 
-MAX_SIDE, MAX_STEPS, MAX_SEED = 8192, 1000, 2**63 - 1
+MAX_SIDE, MAX_STEPS, MAX_SEED, MAX_SCALE = 8192, 1000, 2**63 - 1, 1e6
 REFINER_START = 0.8  # SDXL's makers'
 
 
@@ -59,13 +59,10 @@ class Limits:
         self.reader.parsed(r)
         find_sampler(str(r.sampler))
         _between("steps", r.steps, 1, MAX_STEPS)
-        self.schedule.steps(r.steps, str(r.schedule))
         _between("seed", r.seed, 0, MAX_SEED)
         _between("variation seed", r.variation_seed, 0, MAX_SEED)
-        if not 0 <= r.variation <= 1:
-            raise UserError(f"variation is {r.variation:g}: choose between 0, this seed's noise, and 1, the other's")
-        if not math.isfinite(r.cfg_scale):
-            raise UserError(f"cfg scale is {r.cfg_scale}: give a number such as {spec.defaults.cfg_scale:g}")
+        _between("variation", r.variation, 0, 1)
+        _between("cfg scale", r.cfg_scale, -MAX_SCALE, MAX_SCALE)
         if r.clip_skip is not None:
             text = self.reader.conditioner.config
             _between("clip skip", r.clip_skip, 1, min(t.layers for t in (text, text.second or text)))
@@ -75,10 +72,8 @@ class Limits:
             _between(name, side, self.multiple if r.strength is None else 1, MAX_SIDE)
             if r.strength is None and side % self.multiple:
                 low = side // self.multiple * self.multiple
-                raise UserError(
-                    f"{name} {side} is not a multiple of {self.multiple}, which this model needs: "
-                    f"try {low} or {low + self.multiple}"
-                )
+                wanted = f"a multiple of {self.multiple}, which this model needs: try {low} or {low + self.multiple}"
+                raise UserError(f"{name} {side} is not {wanted}")
         return r
 
     def levels(self, r: Request) -> Sigmas:
@@ -107,8 +102,7 @@ class Limits:
             parse(r.restore)
         if r.invert and (r.sampler not in ("ddim", "euler") or r.restore):
             raise UserError(f"an inversion goes back by ddim or euler, not {r.sampler}: give --sampler ddim alone")
-        if not 1 <= r.upscale <= 8:
-            raise UserError(f"upscale is {r.upscale:g}: choose between 1 and 8")
+        _between("upscale", r.upscale, 1, 8)
         if r.upscale > 1:
             if r.strength is not None:
                 raise UserError("--upscale is of pictures from text: scale --init-image by --width and --height")
@@ -126,9 +120,10 @@ class Limits:
         return float(self.schedule.at(step)) * (1 - 1e-6)  # levels are fp32 where they are compared
 
     def _refiner(self, r: Request) -> None:
+        assert r.refiner_start is not None
         if not self.refined:
             raise UserError(f"refiner start is {r.refiner_start:g}: give the model that then takes over as --refiner")
-        if not 0 < (r.refiner_start or 0) < 1:
+        if not 0 < r.refiner_start < 1:
             raise UserError(f"refiner start is {r.refiner_start:g}: choose between 0 and 1, such as {REFINER_START:g}")
         if r.invert:
             raise UserError("an inversion goes back by one model: leave --refiner out")
@@ -137,6 +132,6 @@ class Limits:
             raise UserError(f"{what}: give more steps, or an earlier start")
 
 
-def _between(what: str, value: int, least: int, most: int) -> None:
+def _between(what: str, value: float, least: float, most: float) -> None:
     if not least <= value <= most:
         raise UserError(f"{what} is {value}: choose between {least} and {most}")

@@ -82,9 +82,9 @@ def run(run: Run, given: dict[str, Any]) -> Iterator[Path]:
             yield path
     if run.grid:
         paths = [out / f"{name}.png" for name in names] or written
-        pixels = [images.to_pixels(images.to_image(images.read_picture(path))) for path in paths]
-        sheet = images.sheet(pixels, run.n if len(requests) > run.n else 0)
-        yield images.save_next(images.png(sheet), out, "grid-", 4)
+        pixels = torch.cat([images.to_pixels(images.to_image(images.read_picture(path))) for path in paths])
+        sheet = images.grid(pixels, run.n if 1 < run.n < len(requests) else 0)  # a row for each prompt
+        yield images.save_next(images.png(sheet[0]), out, "grid-", 4)
 
 
 def _painter(run: Run, old: Recipe) -> tuple[Pipeline, list[str]]:

@@ -334,7 +334,7 @@ class Pipeline:
 
     def show(self, spec: str, picture: Path, tower: Path) -> None:
         """Let every picture from now on resemble this one, by an IP-Adapter: see `read_picture_prompt`."""
-        self.reader.show = read_picture_prompt(self.model, spec, picture, tower).show
+        self.reader.show = read_picture_prompt(self.model, spec, picture, tower)
         self._put_in("ip-adapter", *parse(spec)[:1], f":{parse(spec)[1]:g}")
         self._put_in("ip-image", picture)
 

@@ -1,7 +1,7 @@
 """Pictures that steer a run: ControlNets and T2I-Adapters by hints, IP-Adapters by what is in a picture."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,6 @@ import torch
 from PIL import Image as Pillow
 
 from ldm.adapters import hints
-from ldm.adapters.ip_adapter import IPAdapter
 from ldm.checkpoints.native import Model
 from ldm.conditioning import Conditioning
 from ldm.diffusion.denoiser import Denoiser
@@ -20,7 +19,7 @@ from ldm.families.control import load_control
 from ldm.families.ip_adapter import load_image_tower, load_ip_adapter
 from ldm.images import read_picture, to_image
 from ldm.models.controlnet import Controlled, ControlNet, Steering, T2IAdapter
-from ldm.shapes import Sigmas, Vector
+from ldm.shapes import Sigmas
 
 
 @dataclass(frozen=True)
@@ -117,21 +116,14 @@ def _each(flag: str, given: Sequence[Any], specs: Sequence[str]) -> list[Any]:
     return [*given] if len(given) == len(specs) else [given[0]] * len(specs)
 
 
-@dataclass(frozen=True)
-class PicturePrompt:
-    """An IP-Adapter in a model's UNet, and the embedding of the picture it shows."""
-
-    path: Path
-    adapter: IPAdapter
-    embedding: Vector
-
-    def show(self, cond: Conditioning, uncond: Conditioning) -> tuple[Conditioning, Conditioning]:
-        """The picture behind what is wanted, and none behind the rest."""
-        return self.adapter.show(cond, self.embedding), self.adapter.show(uncond, torch.zeros_like(self.embedding))
+Show = Callable[[Conditioning, Conditioning], tuple[Conditioning, Conditioning]]
 
 
-def read_picture_prompt(model: Model, spec: str, picture: Path, tower: Path) -> PicturePrompt:
-    """Put an IP-Adapter, FILE or FILE:WEIGHT, into a model, seeing a picture through CLIP's image tower in a folder."""
+def read_picture_prompt(model: Model, spec: str, picture: Path, tower: Path) -> Show:
+    """Put an IP-Adapter, FILE or FILE:WEIGHT, into a model, seeing a picture through CLIP's image tower in a folder.
+
+    Returned is what lays the picture behind what is wanted, and none behind the rest.
+    """
     assert model.backbone is not None
     path, weight, *_ = parse(spec)
     device = model.backbone.conv_in.weight.device
@@ -141,4 +133,5 @@ def read_picture_prompt(model: Model, spec: str, picture: Path, tower: Path) -> 
         raise UserError(f"{str(path)!r} reads embeddings of {wide} numbers, {str(tower)!r} gives {seen}: another tower")
     adapter.inject(model.backbone, weight)
     with torch.no_grad():
-        return PicturePrompt(path, adapter, eye(to_image(read_picture(picture)).to(device)))
+        embedding = eye(to_image(read_picture(picture)).to(device))
+    return lambda cond, uncond: (adapter.show(cond, embedding), adapter.show(uncond, torch.zeros_like(embedding)))

@@ -5,14 +5,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image as Pillow
+from safetensors.torch import save_file
 
 from ldm import pipeline, start
+from ldm.adapters.ip_adapter import IPAdapter
 from ldm.canvas import Canvas
 from ldm.errors import UserError
 from ldm.painting import round_trip
 from ldm.pipeline import Pipeline
 from ldm.recipe import Request
 from ldm.restore import DAMAGES, enlarged, parse
+from ldm.text.open_clip import open_clip
 
 APPLE = Request("a red apple", seed=5)
 
@@ -175,3 +179,38 @@ def test_few_steps_without_guidance_cost_one_evaluation_each(
     calls.clear()
     painter.txt2img(replace(APPLE, sampler=sampler, schedule="trailing", steps=4, cfg_scale=1.5))
     assert calls == [2, 2, 2, 2]
+
+
+def ip_adapter(folder: Path, painter: Pipeline, width: int = 24) -> tuple[Path, Path, Path]:
+    """The files of an adapter for a model, of a picture, and of an image tower whose embeddings are so wide."""
+    open_clip()  # declares torchvision's operators, which transformers asks for
+    from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+
+    adapter, rng = IPAdapter(painter.model.backbone, 24), torch.Generator().manual_seed(3)
+    named = {f"image_proj.{name}": value for name, value in adapter.projection.state_dict().items()}
+    for i, (keys, values) in enumerate(zip(adapter.keys, adapter.values, strict=True)):
+        named |= {f"ip_adapter.{2 * i + 1}.to_k_ip.weight": keys.weight}
+        named |= {f"ip_adapter.{2 * i + 1}.to_v_ip.weight": values.weight}
+    save_file({name: torch.randn(v.shape, generator=rng) for name, v in named.items()}, folder / "ip.safetensors")
+    sizes = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2)
+    tower = CLIPVisionConfig(**sizes, image_size=16, patch_size=8, projection_dim=width)
+    CLIPVisionModelWithProjection(tower).save_pretrained(folder / f"tower{width}")
+    Pillow.new("RGB", (16, 16), "red").save(folder / "red.png")
+    return folder / "ip.safetensors", folder / "red.png", folder / f"tower{width}"
+
+
+def test_a_picture_to_resemble(tiny_model: Path, tmp_path: Path) -> None:
+    painter = pipeline.load(str(tiny_model), "cpu")
+    plain = painter.txt2img(APPLE)
+    adapter, picture, tower = ip_adapter(tmp_path, painter)
+    painter.show(f"{adapter}:0.8", picture, tower)
+    shown = painter.txt2img(APPLE)
+    assert not torch.allclose(shown, plain, atol=0.01)
+    assert set(painter.made.inputs) == {"ip-adapter ip:0.8", "ip-image red"}
+    Pillow.new("RGB", (16, 16), "blue").save(picture)
+    other = pipeline.load(str(tiny_model), "cpu")
+    other.show(f"{adapter}:0.8", picture, tower)
+    assert not torch.allclose(other.txt2img(APPLE), shown, atol=1e-4)
+    fresh = pipeline.load(str(tiny_model), "cpu")
+    with pytest.raises(UserError, match="reads embeddings of 24 numbers, .* gives 16: another tower"):
+        fresh.show(str(adapter), picture, ip_adapter(tmp_path, fresh, 16)[2])

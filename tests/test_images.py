@@ -30,13 +30,6 @@ def test_a_grid_reads_row_by_row() -> None:
     assert images.grid(pixels, columns=3).shape == (1, 2, 10, 3)
 
 
-def test_a_sheet_gives_each_prompt_its_row() -> None:
-    pixels = torch.zeros(2, 2, 2, 3, dtype=torch.uint8)
-    assert images.sheet([pixels] * 3, 3).shape == (6, 10, 3)
-    assert images.sheet([pixels] * 3, 1).shape == (6, 10, 3)
-    assert images.sheet([pixels] * 4, 1).shape == (10, 10, 3)
-
-
 def test_a_png_holds_its_pixels_and_its_text(tmp_path: Path) -> None:
     text = {"parameters": "a café", "other": "紫の心 💜\nSteps: 1"}
     path = tmp_path / "x.png"
