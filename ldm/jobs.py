@@ -1,4 +1,4 @@
-"""Pictures to be made as rows of a file, each with settings of its own and a name, so that a run can go on."""
+"""The pictures of a run: in batches, as rows of a file, shared by processes, and named so that it can go on."""
 
 import csv
 import json
@@ -6,15 +6,48 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ldm import config, recipe
 from ldm.errors import UserError
-from ldm.recipe import Recipe
+from ldm.recipe import Made, Recipe
 from ldm.request import Request, Run, kinds
 
 NAME = re.compile(r"[\w][\w.-]{0,99}")
+ALONE = {"dpm_adaptive"}  # it steps as the hardest picture of its batch asks, so company would change a picture
+
+
+class Batch(NamedTuple):
+    """Pictures made at once, the rows of them that are wanted, and the names of their files.
+
+    names: None where one is there already; empty for the next free numbers.
+    """
+
+    requests: list[Request]
+    rows: slice
+    names: Sequence[str | None] = ()
+
+
+def settings(request: Request) -> Request:
+    """What requests of one batch must share: all but prompt, negative and seeds."""
+    return replace(request, prompt="", negative="", seed=0, variation_seed=0)
+
+
+def batches(requests: Sequence[Request], size: int, made: Made | None = None) -> list[Batch]:
+    """Split a run into batches of the same settings, in order. A single request takes the place that `made` tells of.
+
+    There it is among as many others as when it was first made, and so the same to the last bit.
+    """
+    if made and len(requests) == 1:
+        return [Batch([*requests] * made.batch, slice(made.row, made.row + 1))]
+    found = []
+    for shared, group in groupby(requests, key=settings):
+        alike, most = list(group), 1 if shared.sampler in ALONE else size
+        parts = [alike[i : i + most] for i in range(0, len(alike), most)]
+        found += [Batch(part, slice(len(part))) for part in parts]
+    return found
 
 
 def done(path: Path, how: Recipe) -> bool:

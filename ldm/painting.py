@@ -19,8 +19,8 @@ from ldm.canvas import Canvas, read_canvas
 from ldm.errors import UserError
 from ldm.families.vae import load_vae
 from ldm.files import replacing
-from ldm.jobs import done, read_jobs, share
-from ldm.pipeline import Batch, Pipeline, batches
+from ldm.jobs import Batch, batches, done, read_jobs, share
+from ldm.pipeline import Pipeline
 from ldm.preview import Preview, projection
 from ldm.recipe import Recipe
 from ldm.request import Request, Run

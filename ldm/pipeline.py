@@ -7,9 +7,7 @@ image = pipeline.txt2img(Request("a red apple", seed=1))  # (1, 3, h, w), -1 is 
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from itertools import groupby
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +24,7 @@ from ldm.errors import UserError, nearest, unknown
 from ldm.families.load import load as load_model
 from ldm.families.source import INDEX
 from ldm.files import digest, digest_beside
+from ldm.jobs import ALONE, Batch, settings
 from ldm.limits import Limits
 from ldm.models.speed import native_bf16, prepare
 from ldm.recipe import Made, Recipe, Request, versions
@@ -41,38 +40,6 @@ from ldm.text.reader import Reader
 ASSETS = Path(__file__).parent / "assets"
 EMBEDDED = "embedded"
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-ALONE = {"dpm_adaptive"}  # it steps as the hardest picture of its batch asks, so company would change a picture
-
-
-class Batch(NamedTuple):
-    """Pictures made at once, the rows of them that are wanted, and the names of their files.
-
-    names: None where one is there already; empty for the next free numbers.
-    """
-
-    requests: list[Request]
-    rows: slice
-    names: Sequence[str | None] = ()
-
-
-def settings(request: Request) -> Request:
-    """What requests of one batch must share: all but prompt, negative and seeds."""
-    return replace(request, prompt="", negative="", seed=0, variation_seed=0)
-
-
-def batches(requests: Sequence[Request], size: int, made: Made | None = None) -> list[Batch]:
-    """Split a run into batches of the same settings, in order. A single request takes the place that `made` tells of.
-
-    There it is among as many others as when it was first made, and so the same to the last bit.
-    """
-    if made and len(requests) == 1:
-        return [Batch([*requests] * made.batch, slice(made.row, made.row + 1))]
-    found = []
-    for shared, group in groupby(requests, key=settings):
-        alike, most = list(group), 1 if shared.sampler in ALONE else size
-        parts = [alike[i : i + most] for i in range(0, len(alike), most)]
-        found += [Batch(part, slice(len(part))) for part in parts]
-    return found
 
 
 def find(model: str) -> Path:

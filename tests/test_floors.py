@@ -11,8 +11,8 @@ FLOORS = (
     {"diffusion", "models", "data"},
     {"text", "adapters"},
     {"checkpoints"},
-    {"families", "images", "recipe", "canvas", "steering", "start", "foreign", "restore", "limits"},
-    {"pipeline", "training", "evaluation", "preview", "jobs"},
+    {"families", "images", "recipe", "canvas", "steering", "start", "foreign", "restore", "limits", "jobs"},
+    {"pipeline", "training", "evaluation", "preview"},
     {"painting"},
     {"serving", "scripts"},
 )
@@ -23,6 +23,7 @@ SIBLINGS = {
     ("training", "pipeline"),  # previews
     ("training", "evaluation"),  # metrics
     ("evaluation", "pipeline"),  # pictures to judge
+    ("jobs", "recipe"),  # what is done already
     ("recipe", "images"),  # a recipe lives in a picture's file
     ("canvas", "images"),  # read from pictures' files
     ("restore", "canvas"),  # what was measured is a picture

@@ -12,8 +12,9 @@ from ldm import pipeline
 from ldm.checkpoints import native
 from ldm.diffusion.samplers import SAMPLERS
 from ldm.errors import UserError
+from ldm.jobs import Batch, batches
 from ldm.models.autoencoder import Autoencoder
-from ldm.pipeline import Batch, Pipeline
+from ldm.pipeline import Pipeline
 from ldm.recipe import Made, Request
 
 
@@ -136,21 +137,21 @@ def test_requests_number_the_seeds_through_all_prompts(painter: Pipeline) -> Non
 
 def test_batches_keep_the_order_and_lose_nothing() -> None:
     requests = [Request("x", seed=i) for i in range(5)]
-    parts = pipeline.batches(requests, 2)
+    parts = batches(requests, 2)
     assert [r for b in parts for r in b.requests[b.rows]] == requests
     assert [len(b.requests) for b in parts] == [2, 2, 1]
-    assert pipeline.batches(requests[:1], 4) == [Batch(requests[:1], slice(1))]
+    assert batches(requests[:1], 4) == [Batch(requests[:1], slice(1))]
 
 
 def test_a_sampler_that_steps_by_its_batch_paints_one_at_a_time(painter: Pipeline) -> None:
     requests = [replace(APPLE, sampler="dpm_adaptive", seed=seed) for seed in (5, 6)]
-    assert [len(b.requests) for b in pipeline.batches(requests, 4)] == [1, 1]
+    assert [len(b.requests) for b in batches(requests, 4)] == [1, 1]
     with pytest.raises(ValueError, match="one picture at a time"):
         list(painter.sample(requests))
 
 
 def test_one_picture_made_again_takes_its_old_place() -> None:
-    batch = pipeline.batches([APPLE], 4, Made(batch=3, row=2))[0]
+    batch = batches([APPLE], 4, Made(batch=3, row=2))[0]
     assert batch.requests == [APPLE] * 3
     assert batch.requests[batch.rows] == [APPLE] and batch.rows.start == 2
 

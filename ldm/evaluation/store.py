@@ -23,7 +23,8 @@ from ldm.data.sources import Raw, open_sources
 from ldm.errors import UserError
 from ldm.files import replacing
 from ldm.images import to_pixels
-from ldm.pipeline import Pipeline, batches
+from ldm.jobs import batches
+from ldm.pipeline import Pipeline
 from ldm.recipe import Request
 from ldm.recipe import read as read_recipe
 

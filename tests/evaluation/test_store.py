@@ -71,7 +71,7 @@ def folder(tmp_path: Path) -> Path:
 
 def test_found_pictures(folder: Path, tiny_model: Path, tmp_path: Path) -> None:
     painter = load(str(tiny_model), "cpu")
-    from ldm.pipeline import Batch
+    from ldm.jobs import Batch
 
     (recipe,) = painter.recipes(Batch([Request("a blue sofa")], slice(1)))
     blue = torch.full((16, 16, 3), 7, dtype=torch.uint8)
