@@ -18,7 +18,7 @@ SHORT = {
     "samplers": "benchmarks/samplers.py --repeats 5",
     "steps": "benchmarks/steps.py --unet 32 --vae 32 --repeats 3",
     "load": "benchmarks/load.py --runs 3",
-    "training": "benchmarks/training.py --steps 3",
+    "training": "benchmarks/training.py --steps 3 --clock cpu",
     "data": "benchmarks/data.py --rounds 2",
 }
 

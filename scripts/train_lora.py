@@ -11,22 +11,15 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import torch
-
-from ldm import config
 from ldm.errors import script
-from ldm.training.arguments import split
+from ldm.training.arguments import train_by
 from ldm.training.config import LoraRun
-from ldm.training.loop import train
 from ldm.training.tasks.lora import LoraTask
 
 
 @script
 def main() -> None:
-    path, run, overrides = split(sys.argv[1:], str(__doc__), LoraRun)
-    settings = config.load(LoraRun, path, overrides)
-    torch.manual_seed(settings.run.seed)
-    raise SystemExit(train(LoraTask(settings), settings, run).exit_code)
+    raise SystemExit(train_by(LoraRun, LoraTask, str(__doc__)))
 
 
 if __name__ == "__main__":

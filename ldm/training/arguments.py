@@ -2,24 +2,36 @@
 
 import dataclasses
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+import torch
 
 from ldm import config
 from ldm.errors import Parser, UserError
+from ldm.models import speed
 from ldm.training.config import LdmRun, VaeRun
+from ldm.training.loop import Task, train
+from ldm.training.memory import announce
+
+Run = TypeVar("Run", bound=VaeRun | LdmRun)
 
 
-def split(arguments: Sequence[str], usage: str, kind: type) -> tuple[Path, Path, list[str]]:
-    """(config file, run folder, overrides). `--help` lists every field of `kind` with its default."""
+def train_by(kind: type[Run], make: Callable[[Run], Task], usage: str) -> int:
+    """What a training script does, and its exit code. `--help` lists every field of `kind` with its default."""
+    speed.keep_memory()
     parser = Parser(usage)
     fields = "\n".join(f"  --{name} {default}" for name, default in _fields(kind))
     parser.epilog = f"fields of the config, with their defaults:\n{fields}"
     parser.add_argument("config", type=Path, help="a YAML file")
     parser.add_argument("--run", type=Path, required=True, help="the folder of the run, made if it is not there")
-    known, overrides = parser.parse_known_args(arguments)
-    return known.config, known.run, overrides
+    known, overrides = parser.parse_known_args()
+    settings = config.load(kind, known.config, overrides)
+    torch.manual_seed(settings.run.seed)  # of the fresh weights: all else is keyed
+    task = make(settings)
+    announce(task, settings)
+    return train(task, settings, known.run).exit_code
 
 
 def load_any(path: Path, overrides: Sequence[str]) -> VaeRun | LdmRun:

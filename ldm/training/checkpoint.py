@@ -8,7 +8,9 @@ does all this beside the training, which waits for no more than a copy of the te
 import json
 import shutil
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from concurrent import futures
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +28,12 @@ Saved = tuple[dict[str, Tensor], dict[str, Any]]
 class Writer:
     """Does one piece of work at a time in a thread, for as long as a `with` block lasts.
 
-    What goes wrong in it is raised by the next call. After Ctrl-C it is left as it is: half a checkpoint is none.
+    What goes wrong in it is raised by the next calls. After Ctrl-C it is left as it is: half a checkpoint is none.
     """
 
     def __init__(self) -> None:
-        self._thread: threading.Thread | None = None
-        self._error: BaseException | None = None
+        self._work = Future[Any]()
+        self._work.set_result(None)
 
     def __enter__(self) -> "Writer":
         return self
@@ -39,37 +41,36 @@ class Writer:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
         if kind is None:
             self.wait()
-        elif self._thread and issubclass(kind, Exception):
-            self._thread.join()
+        elif issubclass(kind, Exception):
+            futures.wait([self._work])
 
     def start(self, work: Callable[[], Any]) -> None:
         """Wait for the work before, then begin this one."""
         self.wait()
-        self._thread = threading.Thread(target=self._do, args=(work,), daemon=True)
-        self._thread.start()
+        self._work = beside(work)
 
     def wait(self) -> None:
         """Until nothing is left to do."""
-        if self._thread:
-            self._thread.join()
-        self.check()
+        self._work.result()
 
     def check(self) -> None:
         """Raise what went wrong, if something did."""
-        error, self._error = self._error, None
-        if error:
-            raise error
+        if self._work.done():
+            self.wait()
 
-    def _do(self, work: Callable[[], Any]) -> None:
+
+def beside(work: Callable[[], Any]) -> Future[Any]:
+    """Do work in a thread, which the program's end does not wait for."""
+    found = Future[Any]()
+
+    def do() -> None:
         try:
-            work()
+            found.set_result(work())
         except BaseException as error:
-            self._error = error
+            found.set_exception(error)
 
-
-def copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The same values on the CPU, in memory of their own."""
-    return {name: value.detach().to("cpu", copy=True) for name, value in tensors.items()}
+    threading.Thread(target=do, daemon=True).start()
+    return found
 
 
 def write(folder: Path, step: int, saved: Saved, keep: int, keep_every: int = 0) -> Path:

@@ -64,7 +64,7 @@ class RunConfig:
     for none); validate_on: held-back images; recompute: gradient checkpointing, less memory for more time; max_skipped:
     steps in a row that may be left out because something is not finite, before the run stops; timeout: seconds that
     processes wait for each other; trackers: of accelerate. precision: fp32 is fp32, tf32 lets a GPU's matrices be less
-    exact; auto is bf16 where a GPU has it, else tf32.
+    exact; auto is bf16 where a GPU has it, else tf32. shard: split what stays between steps among the processes (FSDP).
     """
 
     steps: int
@@ -85,10 +85,11 @@ class RunConfig:
     max_skipped: int = 10
     timeout: int = 600
     trackers: tuple[str, ...] = ("tensorboard",)
+    shard: bool = False
     ema: EmaConfig = EmaConfig()
 
     def __post_init__(self) -> None:
-        for name, least in (("steps", 0), ("batch_size", 1), ("log_every", 0)):
+        for name, least in (("steps", 1), ("batch_size", 1), ("log_every", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} is {getattr(self, name)}: give at least {least}")
 
@@ -191,8 +192,8 @@ class LdmRun:
     leaves them at what they are here. autoencoder: a file with another one, or `embedded` for the one in the package,
     which also serves where nothing is said. text.weights: a file with another tower.
     freeze: names of parameters that stay as they are, such as `[down.*, text.*]`. cache: a folder for latents that are
-    encoded once and then reused; empty: encode every batch. defaults: how pictures are sampled, also by whoever uses
-    the model without saying how.
+    encoded once and then reused, or `beside` for one beside the shards; empty: encode every batch. defaults: how
+    pictures are sampled, also by whoever uses the model without saying how.
     """
 
     run: RunConfig

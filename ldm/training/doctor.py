@@ -1,6 +1,5 @@
 """What would go wrong with a run, found before its first step: each finding is a line that says what to do."""
 
-import importlib.util
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -20,6 +19,7 @@ from ldm.training import checkpoint, memory
 from ldm.training.config import LdmRun, VaeRun
 from ldm.training.folder import check_same
 from ldm.training.optim import rate
+from ldm.training.processes import faults
 from ldm.training.tasks.autoencoder import AutoencoderTask
 from ldm.training.tasks.denoising import DenoisingTask
 
@@ -45,13 +45,8 @@ def examine(config: Settings, run: Path | None = None, processes: int = 1) -> li
     return findings
 
 
-def shares(config: Settings, processes: int) -> Iterator[str]:
-    run, parts = config.run, processes * config.optim.accumulate
-    if run.batch_size % parts:
-        yield (
-            f"run.batch_size {run.batch_size} cannot be shared evenly by {processes} processes x optim.accumulate "
-            f"{config.optim.accumulate}: take a multiple of {parts}"
-        )
+def together(config: Settings, processes: int) -> Iterator[str]:
+    return faults(config.run, config.optim, processes)
 
 
 def shards(config: Settings, processes: int) -> Iterator[str]:
@@ -93,15 +88,10 @@ def saving(config: Settings, processes: int) -> Iterator[str]:
     run = config.run
     if run.checkpoint_every > run.steps or not run.checkpoint_every:
         yield f"run.checkpoint_every {run.checkpoint_every} saves only at step {run.steps}: what is lost is all of it"
-    for name in run.trackers:
-        if importlib.util.find_spec(name) is None:
-            yield f"run.trackers has {name!r}, which is not installed: pip install {name}, or leave it out"
 
 
 def precision(config: Settings, processes: int) -> Iterator[str]:
     gpu = torch.cuda.is_available()
-    if config.run.precision == "fp16" and not gpu:
-        yield "run.precision fp16 needs a GPU: take bf16 or fp32"
     if config.run.precision == "bf16" and gpu and not torch.cuda.is_bf16_supported(including_emulation=False):
         yield "run.precision bf16 is only emulated on this GPU, which is slow: take fp16 or fp32"
     if config.run.precision == "tf32" and not gpu:
@@ -184,4 +174,4 @@ def _numbers(values: torch.Tensor) -> str:
     return "[" + ", ".join(f"{value:.2f}" for value in values[:4].tolist()) + (", ...]" if len(values) > 4 else "]")
 
 
-CHECKS: tuple[Callable[[Any, int], Iterator[str]], ...] = (shares, shards, rates, saving, precision, diffusion)
+CHECKS: tuple[Callable[[Any, int], Iterator[str]], ...] = (together, shards, rates, saving, precision, diffusion)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ldm.files import replacing
 from ldm.training.config import EmaConfig
 from ldm.training.posthoc import exponent
+from ldm.training.sharding import copied
 
 
 class Ema:
@@ -34,8 +35,12 @@ class Ema:
     def update(self, step: int, alive: Tensor) -> None:
         """Move towards the parameters; `alive` is a scalar tensor, 0 where nothing may move."""
         for shadow, decay in zip(self.shadows, self.decays(step), strict=True):
+            weight = alive * (1 - decay)
+            if weight.device.type == "cpu":  # a number costs no wait here, and takes one pass
+                torch._foreach_lerp_(shadow, self.parameters, float(weight))
+                continue
             difference = torch._foreach_sub([p.detach() for p in self.parameters], shadow)
-            torch._foreach_mul_(difference, alive * (1 - decay))
+            torch._foreach_mul_(difference, weight)
             torch._foreach_add_(shadow, difference)
 
     def tensors(self) -> dict[str, Tensor]:
@@ -46,10 +51,12 @@ class Ema:
             for name, value in zip(self.names, shadow, strict=True)
         }
 
-    def write(self, folder: Path, step: int) -> None:
-        """Keep the averages as they are after `step` updates, in fp16, for `posthoc.reconstruct`."""
+    def write(self, folder: Path, step: int, *, keep: bool = True) -> None:
+        """Keep the averages as they are after `step` updates, in fp16, for `posthoc.reconstruct`; see `copied`."""
+        tensors = {name: value.half().contiguous() for name, value in copied(self.tensors(), keep=keep).items()}
+        if not keep:
+            return
         folder.mkdir(exist_ok=True)
-        tensors = {name: value.half().cpu().contiguous() for name, value in self.tensors().items()}
         with replacing(folder / f"{step:08d}.safetensors") as temporary:
             save_file(tensors, temporary, {"widths": " ".join(map(str, self.config.widths))})
 

@@ -13,19 +13,11 @@ from ldm.shapes import Image
 from ldm.training import checkpoint
 
 # What may change between two starts of one run: it moves no weight, save `steps`, which says how far to go.
-FREE: tuple[str, ...] = (
-    "run.steps",
-    "run.checkpoint_every",
-    "run.keep",
-    "run.keep_every",
-    "run.export_every",
-    "run.max_skipped",
-    "run.timeout",
-    "run.sample_every",
-    "run.validate_every",
-    "run.validate_on",
+FREE = (
+    *(f"run.{name}" for name in ("steps", "keep", "keep_every", "log_every", "max_skipped", "timeout", "trackers")),
+    *(f"run.{name}_every" for name in ("checkpoint", "export", "sample", "validate")),
+    *("run.validate_on", "run.shard", "samples", "defaults", "statistics", "data.workers"),
 )
-FREE += ("run.log_every", "run.trackers", "samples", "defaults", "statistics", "data.workers")
 
 
 class RunFolder:

@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor
 
 from ldm.data.dataset import Dataset
 from ldm.errors import UserError
+from ldm.training.learner import summed
 
 KINDS = ("input", "loss", "gradient")
 
@@ -32,14 +32,12 @@ class Guard:
         """Note the numbers of a part of the batch."""
         self._inputs += [v for v in batch.values() if isinstance(v, Tensor) and v.is_floating_point()]
 
-    def see(self, step: int, losses: Sequence[Tensor], norms: Sequence[Tensor], accelerator: Accelerator) -> Tensor:
+    def see(self, step: int, losses: Sequence[Tensor], norms: Sequence[Tensor]) -> Tensor:
         """1.0 if this step is to be left out, in all processes, else 0.0."""
         kinds = [[v.isfinite().all() for v in values] for values in (self._inputs, losses, norms)]
         self._inputs = []
         good = torch.ones((), dtype=torch.bool, device=self._row.device)
-        bad = torch.stack([~torch.stack([*kind, good]).all() for kind in kinds]).float()
-        if accelerator.num_processes > 1:
-            bad = accelerator.reduce(bad, "sum")
+        bad = summed(torch.stack([~torch.stack([*kind, good]).all() for kind in kinds]).float())
         self._unread.append((step, bad))
         skip = (bad.sum() > 0) | (self._row >= self.limit)
         self._row = torch.where(skip, self._row + 1, 0)

@@ -9,7 +9,8 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from ldm.training.config import OptimConfig
-from ldm.training.optim import clipped, fill_slots, make_optimizer, named, slots
+from ldm.training.optim import fill_slots, make_optimizer, named, slots
+from ldm.training.sharding import shard, whole
 
 Batch = dict[str, Any]  # of ldm.data.dataset, on the device; and `step`
 Losses = dict[str, Tensor]  # "loss", which is minimised, and other scalars for the log
@@ -44,15 +45,20 @@ SCALE, STREAK = "scale", "streak"
 
 
 class Learner:
-    """An objective with its optimiser. main: its values stand in the log under plain names.
+    """An objective with its optimiser. main: its values stand in the log under plain names; split: see `sharding`.
 
     In fp16 the loss is multiplied by a scale that halves whenever a gradient overflows, which leaves that step out
     (Micikevicius et al. 2018); this is no fault, so that nobody is told.
     """
 
-    def __init__(self, objective: Objective, config: OptimConfig, accelerator: Accelerator, *, main: bool) -> None:
+    def __init__(
+        self, objective: Objective, config: OptimConfig, accelerator: Accelerator, *, main: bool, split: bool = False
+    ) -> None:
         self.objective, self.config, self.accelerator, self.main = objective, config, accelerator, main
-        self.module = accelerator.prepare_model(Loss(objective))
+        self.split, module = split, Loss(objective)
+        if split:
+            module = shard(module.to(accelerator.device), accelerator.device, accelerator.num_processes)
+        self.module = accelerator.prepare_model(module, evaluation_mode=split)
         parameters = named(objective.networks)
         self.parameters = [p for p in parameters.values() if p.requires_grad]
         self.optimizer = make_optimizer(parameters, config)
@@ -63,7 +69,9 @@ class Learner:
 
     def backward(self, batch: Batch, parts: int, *, last: bool) -> Losses:
         """Add the gradients of one part of a batch; processes average them once, after the last part."""
-        with nullcontext() if last else self.accelerator.no_sync(self.module):
+        if self.split:
+            self.module.set_requires_gradient_sync(last)
+        with nullcontext() if last or self.split else self.accelerator.no_sync(self.module):
             losses = self.module(batch)
             (losses["loss"] * self.scaler.get(SCALE, 1) / parts).backward()
         self.loss = self.loss + losses["loss"].detach()
@@ -73,11 +81,13 @@ class Learner:
         return name if self.main else f"{self.objective.name}_{name}"
 
     def clip(self) -> Tensor:
-        """Clip the gradients and return their norm, 0 where they overflowed."""
+        """The norm of the gradients, 0 where they overflowed; `step` scales them to one of at most `config.clip`."""
+        scale = self.scaler.get(SCALE, torch.ones_like(self.loss))
+        norm = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+        norm = whole(norm).float() / scale
+        self.divisor = scale * (norm / self.config.clip).clamp(min=1) if self.config.clip else scale.clone()
         if not self.scaler:
-            return clipped(self.parameters, self.config.clip)
-        torch._foreach_mul_([p.grad for p in self.parameters if p.grad is not None], 1 / self.scaler[SCALE])
-        norm = clipped(self.parameters, self.config.clip)
+            return norm
         self.overflow = (~norm.isfinite()).float()
         streak = torch.where(self.overflow > 0, 0, self.scaler[STREAK] + 1)
         self.scaler[SCALE].mul_(1 - 0.5 * self.overflow).mul_(1 + (streak == GROWTH).float())
@@ -85,14 +95,15 @@ class Learner:
         return torch.where(self.overflow > 0, 0, norm)
 
     def step(self, lr: float, skip: Tensor) -> None:
-        """Move the parameters, unless `skip` is 1."""
+        """Move the parameters by their gradients, unless `skip` is 1."""
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group["scale"]
         skip = torch.maximum(skip, self.overflow)
-        if isinstance(self.optimizer, torch.optim.AdamW):
-            self.optimizer.found_inf = skip  # type: ignore[attr-defined]  # read by the fused kernel
+        if isinstance(self.optimizer, torch.optim.AdamW):  # its fused kernel reads both, and divides on its way
+            self.optimizer.grad_scale, self.optimizer.found_inf = self.divisor, skip  # type: ignore[attr-defined]
             self.optimizer.step()
         elif not skip:
+            torch._foreach_div_([p.grad for p in self.parameters if p.grad is not None], self.divisor)
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.loss = torch.zeros_like(self.loss)

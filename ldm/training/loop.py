@@ -28,6 +28,7 @@ from ldm.training.meter import Clock, Meter, memory, scalars
 from ldm.training.optim import named, rate
 from ldm.training.processes import Processes
 from ldm.training.progress import Bar, facts
+from ldm.training.sharding import copied, gathered
 from ldm.training.signals import interrupts
 from ldm.training.state import restore, snapshot
 
@@ -81,8 +82,11 @@ def train(task: Task, config: VaeRun | LdmRun, path: Path) -> Outcome:
         for network in task.networks.values():
             layout = torch.channels_last if run.channels_last else torch.preserve_format
             network.to(memory_format=layout)  # type: ignore[call-overload]
-        objectives = task.objectives()
-        learners = [Learner(objective, optim, accelerator, main=i == 0) for i, objective in enumerate(objectives)]
+        objectives, split = task.objectives(), run.shard and processes.count > 1
+        learners = [
+            Learner(objective, optim, accelerator, main=not i, split=split and not i)
+            for i, objective in enumerate(objectives)
+        ]
         by_name = {learner.objective.name: learner for learner in learners}
         averaged = named({name: task.networks[name] for name in task.averaged})
         ema = Ema({name: p for name, p in averaged.items() if p.requires_grad}, run.ema)
@@ -117,17 +121,21 @@ def train(task: Task, config: VaeRun | LdmRun, path: Path) -> Outcome:
             check()
             state = {"step": done, "config": configs.to_dict(config)}
             state |= {"meter": meter.state(accelerator), "guard": guard.state()}
+            if not main and not split:
+                return
+            with clock.on("save"):
+                writer.wait()
+                saved = copied(snapshot(task.networks, ema, by_name), keep=main), state
+            step = done
             if main:
-                with clock.saving():
-                    writer.wait()
-                    saved = checkpoint.copied(snapshot(task.networks, ema, by_name)), state
-                step = done
                 writer.start(lambda: folder.write_checkpoint(step, saved, run.keep, run.keep_every))
 
         @contextmanager
         def evaluating() -> Iterator[None]:
             """With the averaged weights, and not compiled once more for other shapes and without gradients."""
-            with ema.applied(), torch.no_grad(), accelerator.autocast(), torch.compiler.set_stance("force_eager"):
+            kept = dict(zip(ema.names, ema.shadows[0], strict=True))
+            averages = gathered(learners[0].module.networks, kept) if split else ema.applied()
+            with torch.no_grad(), averages, accelerator.autocast(), torch.compiler.set_stance("force_eager"):
                 yield
             processes.wait()
 
@@ -172,14 +180,14 @@ def train(task: Task, config: VaeRun | LdmRun, path: Path) -> Outcome:
             active = [learner for learner in learners if done >= learner.objective.start]
             losses: list[Losses] = []
             for part in range(1, optim.accumulate + 1):
-                with clock.waiting():
+                with clock.on("data"):
                     read = next(batches)
                 batch = {"step": done} | {name: _moved(value, device) for name, value in read.items()}
                 guard.look(batch)
                 last = part == optim.accumulate
                 losses += [learner.backward(batch, optim.accumulate, last=last) for learner in active]
             norms = [learner.clip() for learner in active]
-            skip = guard.see(done, [learner.loss for learner in active], norms, accelerator)
+            skip = guard.see(done, [learner.loss for learner in active], norms)
             lr = rate(optim, done, run.steps)
             for learner in active:
                 learner.step(lr, skip)
@@ -190,19 +198,19 @@ def train(task: Task, config: VaeRun | LdmRun, path: Path) -> Outcome:
             clock.images += run.batch_size
             done += 1
             bar.step()
-            if main and run.ema.widths and due(run.ema.snapshot_every):
-                ema.write(path / "ema", done)
+            if (main or split) and run.ema.widths and due(run.ema.snapshot_every):
+                ema.write(path / "ema", done, keep=main)
 
             if device.type == "cpu" or due(run.log_every):
                 check()
             record: dict[str, Any] = {}
             if due(run.log_every):
-                record = meter.read(accelerator) | guard.read() | {"lr": lr} | clock.read() | memory(device)
+                record = meter.read() | guard.read() | {"lr": lr} | clock.read() | memory(device)
                 record |= {"damaged": read["damaged"]} if "damaged" in read else {}
                 bar.show(facts(record))
                 for remark in task.remarks(record):
                     bar.say(remark)
-            with clock.paused():
+            with clock.on("pause"):
                 if due(run.validate_every) or due(run.sample_every) or due(run.export_every):
                     record |= evaluate()
                 if main and record:

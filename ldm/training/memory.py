@@ -7,6 +7,7 @@ import copy
 import os
 import sys
 import weakref
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -82,8 +83,8 @@ def predict(task: Any, config: VaeRun | LdmRun, processes: int = 1, device: torc
     share = max(config.run.batch_size // (processes * config.optim.accumulate), 1)
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision(config.run))
     sample = task.dataset.__getitems__([0])
-    with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.compiler.set_stance("force_eager"):
-        double, tensors = _double(task, mode, device)
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.compiler.set_stance("force_eager"):
+        double, tensors = _double(task, device)
         batch: dict[str, Any] = {"step": 10**9} | {name: _grown(value, share, device) for name, value in sample.items()}
         if isinstance(config, LdmRun) and config.cache:
             with torch.no_grad():
@@ -97,14 +98,16 @@ def predict(task: Any, config: VaeRun | LdmRun, processes: int = 1, device: torc
                 loss = objective.loss(batch)["loss"]
                 gradients += torch.autograd.grad(loss, trained, allow_unused=True)
                 del loss
-        trained_bytes = sum(_bytes(p) for net in double.networks.values() for p in net.parameters() if p.requires_grad)
-        averaged = sum(_bytes(p) for n in double.averaged for p in double.networks[n].parameters() if p.requires_grad)
+        split = _trained(double.objectives()[0].networks.values()) if config.run.shard else 0
+        trained_bytes = _trained(double.networks.values())
+        averaged = _trained(double.networks[name] for name in double.averaged)
+    away = split - split // processes  # what others keep
     copies = (config.optim.accumulate > 1) + (processes > 1)  # gradients that wait for more, or to be sent
     return Memory(
-        weights=trained_bytes,
+        weights=trained_bytes + (split // processes if processes > 1 else 0),
         held=sum(map(_bytes, tensors)) - trained_bytes,
-        average=averaged * max(len(config.run.ema.widths), 1),
-        optimizer=int(trained_bytes * STATE[config.optim.kind]),
+        average=(averaged - away) * max(len(config.run.ema.widths), 1),
+        optimizer=int((trained_bytes - away) * STATE[config.optim.kind]),
         gradients=trained_bytes,
         step=counter.peak + copies * trained_bytes,
     )
@@ -131,37 +134,33 @@ def free(device: torch.device) -> int:
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")), sys.maxsize)
 
 
-def _double(task: Any, mode: FakeTensorMode, device: torch.device) -> tuple[Any, list[Tensor]]:
+def _double(task: Any, device: torch.device) -> tuple[Any, list[Tensor]]:
     """A copy of the task whose tensors are fake, and these; everything else is shared."""
-    fakes: dict[int, Tensor] = {}
 
     def fake(value: Tensor) -> Tensor:
-        if id(value) not in fakes:
-            empty = torch.empty_like(value, device=device)
-            trained = nn.Parameter(empty, requires_grad=value.requires_grad)
-            fakes[id(value)] = trained if isinstance(value, nn.Parameter) else empty
-        return fakes[id(value)]
+        empty = torch.empty_like(value, device=device)
+        return nn.Parameter(empty, value.requires_grad) if isinstance(value, nn.Parameter) else empty
 
-    def copied(value: Any) -> Any:
-        if isinstance(value, nn.Module):
-            memo: dict[int, Any] = {id(t): fake(t) for t in (*value.parameters(), *value.buffers())}
-            return modules.setdefault(id(value), copy.deepcopy(value, memo))
-        if isinstance(value, dict) and any(isinstance(part, nn.Module) for part in value.values()):
-            return {name: copied(part) for name, part in value.items()}
-        return fake(value) if isinstance(value, Tensor) else value
-
-    modules: dict[int, nn.Module] = {}
-    double = copy.copy(task)
-    for name, value in vars(task).items():
-        setattr(double, name, copied(value))
+    parts = {name: list(v.values()) if isinstance(v, dict) else [v] for name, v in vars(task).items()}
+    copied = {name for name, values in parts.items() if any(isinstance(v, nn.Module | Tensor) for v in values)}
+    inside = [v for name in copied for v in parts[name]]
+    tensors = [t for m in inside for t in ((m,) if isinstance(m, Tensor) else (*m.parameters(), *m.buffers()))]
+    memo: dict[int, Any] = {id(tensor): fake(tensor) for tensor in tensors}
+    fakes, double = list(memo.values()), copy.copy(task)
+    for name in copied:
+        setattr(double, name, copy.deepcopy(getattr(task, name), memo))
     double.device = device
-    return double, list(fakes.values())
+    return double, fakes
 
 
 def _grown(value: Any, count: int, device: torch.device) -> Any:
     if isinstance(value, Tensor):
         return torch.empty(count, *value.shape[1:], dtype=value.dtype, device=device)
     return value * count
+
+
+def _trained(networks: Iterable[nn.Module]) -> int:
+    return sum(_bytes(p) for network in networks for p in network.parameters() if p.requires_grad)
 
 
 def _bytes(tensor: Tensor) -> int:

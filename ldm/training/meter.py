@@ -1,14 +1,17 @@
 """What goes into the log: means of losses, kept on the device until somebody looks, and the time."""
 
 import time
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
 from jaxtyping import Float
 from torch import Tensor
+
+from ldm.training.learner import summed
 
 
 class Meter:
@@ -25,11 +28,11 @@ class Meter:
             pair = torch.where(skip > 0, 0.0, pair * weight)
             self.sums[name] = self.sums[name] + pair if name in self.sums else pair
 
-    def read(self, accelerator: Accelerator) -> dict[str, Any]:
+    def read(self) -> dict[str, Any]:
         """The means over steps and processes, None or nothing where there is none; begins anew."""
         record: dict[str, Any] = {}
         for name, pair in self.sums.items():
-            total, count = accelerator.reduce(pair, "sum").tolist()
+            total, count = summed(pair).tolist()
             if isinstance(count, list):
                 record[name] = [t / c if c else None for t, c in zip(total, count, strict=True)]
             elif count:
@@ -58,35 +61,21 @@ class Clock:
     """Seconds since the last line of the log: those in training, and those spent waiting for data or for a save."""
 
     def __init__(self) -> None:
-        self.images = 0
-        self._began = time.monotonic()
-        self._waited = self._saved = 0.0
+        self.images, self._began, self._spent = 0, time.monotonic(), defaultdict[str, float](float)
 
     @contextmanager
-    def waiting(self) -> Iterator[None]:
+    def on(self, what: Literal["data", "save", "pause"]) -> Iterator[None]:
         began = time.monotonic()
         yield
-        self._waited += time.monotonic() - began
-
-    @contextmanager
-    def saving(self) -> Iterator[None]:
-        began = time.monotonic()
-        yield
-        self._saved += time.monotonic() - began
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        began = time.monotonic()
-        yield
-        self._began += time.monotonic() - began
+        self._spent[what] += time.monotonic() - began
 
     def read(self) -> dict[str, float]:
         """Images a second without pauses; the seconds waited for data, and those that saves held it up. Begins anew."""
-        seconds = time.monotonic() - self._began
-        speed = {"images_per_s": round(self.images / seconds, 2), "data_wait_s": round(self._waited, 3)}
-        speed |= {"save_stall_s": round(self._saved, 4)}
+        images, spent = self.images, self._spent
+        seconds = time.monotonic() - self._began - spent["pause"]
         self.__init__()  # type: ignore[misc]
-        return speed
+        speed = {"images_per_s": round(images / seconds, 2)}
+        return speed | {"data_wait_s": round(spent["data"], 3), "save_stall_s": round(spent["save"], 4)}
 
 
 def memory(device: torch.device) -> dict[str, float]:

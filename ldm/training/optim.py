@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from ldm.errors import UserError
 from ldm.training.config import OptimConfig
+from ldm.training.sharding import split_as
 
 Groups = list[dict[str, Any]]
 Parameters = Mapping[str, nn.Parameter]
@@ -155,7 +156,7 @@ def _like(parameter: Tensor, value: Any) -> Any:
     if not isinstance(value, Tensor):
         return value
     if value.shape == parameter.shape:
-        return torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+        return torch.empty_like(parameter, dtype=value.dtype).copy_(split_as(parameter, value))
     return value.to(parameter.device, copy=True)
 
 
@@ -203,8 +204,3 @@ def rate(config: OptimConfig, step: int, steps: int) -> float:
         return config.lr
     progress = (step - config.warmup) / max(steps - config.warmup, 1)
     return config.lr * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
-
-
-def clipped(parameters: Iterable[nn.Parameter], limit: float) -> Tensor:
-    """Scale the gradients to a joint norm of at most `limit` (0: leave them) and return the norm that they had."""
-    return torch.nn.utils.clip_grad_norm_(list(parameters), limit or math.inf, foreach=True)

@@ -21,18 +21,17 @@ _LOST = ("gloo", "nccl", "connection", "timed out", "timeout", "socket")  # in t
 
 
 class Processes:
-    """The processes of a run, this one among them. UserError where they cannot share the batch evenly."""
+    """The processes of a run, this one among them. UserError for what `faults` finds."""
 
     def __init__(self, run: RunConfig, optim: OptimConfig, path: Path) -> None:
         for name in _SHARDED:
             if os.environ.get(f"ACCELERATE_USE_{name}", "").lower() in ("1", "true"):
                 raise UserError(
-                    f"the launcher asks for {name}, which splits weights among processes; here each holds all of them. "
-                    "Take configs/accelerate/eight_gpus.yaml, and to save memory run.recompute or optim.accumulate"
+                    f"the launcher asks for {name}: take configs/accelerate/eight_gpus.yaml, and run.shard true to "
+                    "split weights among the processes (FSDP)"
                 )
-        for name in run.trackers:
-            if importlib.util.find_spec(name) is None:  # accelerate would leave it out without a word
-                raise UserError(f"run.trackers has {name!r}, which is not installed: pip install {name}")
+        for fault in faults(run, optim, int(os.environ.get("WORLD_SIZE", "1"))):
+            raise UserError(fault)
         self.accelerator = Accelerator(
             mixed_precision=precision(run),
             log_with=list(run.trackers) or None,
@@ -42,9 +41,6 @@ class Processes:
         set_exactness(run)
         self.count, self.main = self.accelerator.num_processes, self.accelerator.is_main_process
         self.rank, self.device = self.accelerator.process_index, self.accelerator.device
-        if run.batch_size % (self.count * optim.accumulate):
-            shares = f"{self.count} processes x optim.accumulate {optim.accumulate}"
-            raise UserError(f"run.batch_size {run.batch_size} cannot be shared evenly by {shares}")
         self._patient = dist.new_group(backend="gloo", timeout=_PATIENCE) if self.count > 1 else None
 
     def wait(self) -> None:
@@ -84,15 +80,27 @@ class Processes:
             ) from None
 
 
+def faults(run: RunConfig, optim: OptimConfig, count: int) -> Iterator[str]:
+    """What keeps that many processes from a run, a line each."""
+    if run.batch_size % (parts := count * optim.accumulate):
+        shares = f"{count} processes x optim.accumulate {optim.accumulate}"
+        yield f"run.batch_size {run.batch_size} cannot be shared evenly by {shares}: take a multiple of {parts}"
+    for name in run.trackers:
+        if importlib.util.find_spec(name) is None:  # accelerate would leave it out without a word
+            yield f"run.trackers has {name!r}, which is not installed: pip install {name}, or leave it out"
+    if run.precision == "fp16" and not torch.cuda.is_available():
+        yield "run.precision fp16 needs a GPU: take bf16, which CPUs compute in too"
+    if run.shard and (optim.kind != "adamw" or run.channels_last):
+        yield "run.shard splits what adamw remembers of contiguous weights: take optim.kind adamw, channels_last false"
+
+
 def set_exactness(run: RunConfig) -> None:
     """Let a GPU multiply fp32 matrices in tf32, a thousandth less exact and several times as fast, but for `fp32`."""
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = run.precision != "fp32"
 
 
 def precision(run: RunConfig) -> str:
-    """accelerate's name for it: auto is bf16 on a GPU that has it, else fp32. UserError for fp16 without a GPU."""
+    """accelerate's name for it: auto is bf16 on a GPU that has it, else fp32."""
     if run.precision == "auto":
         return "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False) else "no"
-    if run.precision == "fp16" and not torch.cuda.is_available():
-        raise UserError("run.precision fp16 needs a GPU: take bf16, which CPUs compute in too")
     return {"bf16": "bf16", "fp16": "fp16"}.get(run.precision, "no")

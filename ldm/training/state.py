@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from ldm.errors import UserError
 from ldm.training.ema import Ema
 from ldm.training.learner import Learner
+from ldm.training.sharding import split_as
 
 
 def snapshot(networks: Mapping[str, nn.Module], ema: Ema, learners: Mapping[str, Learner]) -> dict[str, Tensor]:
@@ -34,4 +35,4 @@ def restore(
             f"the checkpoint does not fit the networks of this program: {differing}. Take another --run folder"
         )
     for name, value in tensors.items():
-        live[name].copy_(value)
+        live[name].copy_(split_as(live[name], value))

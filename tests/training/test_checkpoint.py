@@ -135,14 +135,15 @@ def test_a_writer_works_beside_the_training_one_thing_at_a_time():
     assert done == [1, 2]
 
 
-def test_what_goes_wrong_in_a_writer_is_raised_once():
+def test_what_goes_wrong_in_a_writer_is_raised():
     def full() -> None:
         raise UserError("No space left")
 
-    with checkpoint.Writer() as writer:
+    with pytest.raises(UserError, match="No space"), checkpoint.Writer() as writer:
         writer.start(full)
-        with pytest.raises(UserError, match="No space"):
-            writer.wait()
-        writer.check()
+        for asked in (writer.wait, writer.check, lambda: writer.start(full)):
+            with pytest.raises(UserError, match="No space"):
+                asked()
+        raise UserError("No space, which the end does not hide")
     with pytest.raises(UserError, match="No space"), checkpoint.Writer() as writer:
         writer.start(full)  # said at the latest at the end

@@ -58,7 +58,7 @@ def test_applied_swaps_and_swaps_back():
 
 
 def test_powers_of_time_weigh_each_step_by_the_integral_of_their_profile():
-    parameter = nn.Parameter(torch.zeros(1, dtype=torch.float64))
+    parameter = nn.Parameter(torch.zeros(1))
     ema = Ema({"w": parameter}, EmaConfig(widths=(0.05, 0.2)))
     values = [3.0, -1.0, 4.0, 1.0, -5.0]
     for step, value in enumerate(values):

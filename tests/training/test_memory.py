@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from ldm.training import checkpoint
+from ldm.training import loop
 from ldm.training.loop import train
 from ldm.training.memory import predict
 from ldm.training.tasks.autoencoder import AutoencoderTask
@@ -36,7 +36,7 @@ def test_predicted_is_what_a_run_takes(
     overrides = [str(tmp_path) if word == "HERE" else word for word in overrides]
     settings = request.getfixturevalue(kind)("--run.steps", "2", "--data.size", "64", *overrides)
     # on a GPU the copy for a checkpoint lies elsewhere
-    monkeypatch.setattr(checkpoint, "copied", lambda tensors: {})
+    monkeypatch.setattr(loop, "copied", lambda tensors, keep: {})
     for task in (AutoencoderTask, DenoisingTask):
         monkeypatch.setattr(task, "validate", lambda _: {})
         monkeypatch.setattr(task, "sample", lambda _: (torch.zeros(1, 3, 8, 8), 1))
@@ -59,6 +59,8 @@ def test_what_the_prediction_knows(ldm, tmp_path: Path):
     assert of("--run.batch_size", "16", processes=2).step == plain.step + plain.gradients
     assert of("--run.batch_size", "8", "--optim.kind", "muon").optimizer == plain.optimizer / 2
     assert of("--run.batch_size", "8", "--text.train", "true", "--freeze", "[text.*]").weights < plain.weights
+    split = of("--run.batch_size", "16", "--run.shard", "true", processes=2)
+    assert (split.optimizer, split.average) == (plain.optimizer // 2, plain.average // 2)
     assert str(plain).startswith(f"{plain.total / 1e6:.1f} MB for a step: weights")
 
 

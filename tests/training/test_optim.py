@@ -13,7 +13,7 @@ from torch import nn
 from ldm.errors import UserError
 from ldm.training.config import OptimConfig
 from ldm.training.learner import GROWTH, Learner, Objective
-from ldm.training.optim import check_patterns, clipped, freeze, make_optimizer, rate, slots
+from ldm.training.optim import check_patterns, freeze, make_optimizer, rate, slots
 
 
 def test_warmup_is_linear_and_reaches_the_rate():
@@ -68,7 +68,7 @@ def learner(kind: str, precision: str = "no", **settings) -> Learner:
     cpu = Mock(
         spec=Accelerator, device=torch.device("cpu"), mixed_precision=precision, prepare_model=lambda module: module
     )
-    config = OptimConfig(kind=kind, lr=1.0 if kind == "prodigy" else 0.05, clip=0.0, **settings)
+    config = OptimConfig(kind=kind, lr=1.0 if kind == "prodigy" else 0.05, **{"clip": 0.0} | settings)
     return Learner(Objective("fit", {"net": net}, loss), config, cpu, main=True)
 
 
@@ -198,12 +198,19 @@ def test_found_inf_leaves_everything_as_it_is():
     assert all(torch.equal(optimizer.state[p][k], v) for p, slots in state.items() for k, v in slots.items())
 
 
+@pytest.mark.parametrize("precision", ["no", "fp16"])
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
 @pytest.mark.parametrize(("limit", "after"), [(1.0, 1.0), (100.0, 5.0), (0.0, 5.0)])
-def test_clipping(limit, after):
-    parameter = nn.Parameter(torch.zeros(2))
-    parameter.grad = torch.tensor([3.0, 4.0])
-    assert clipped([parameter], limit) == 5
-    assert parameter.grad.norm().item() == pytest.approx(after, rel=1e-5)
+def test_clipping(limit: float, after: float, kind: str, precision: str):
+    one = learner(kind, precision, clip=limit)
+    for parameter in one.parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    scale = 2.0**16 if precision == "fp16" else 1.0
+    one.parameters[1].grad[:2] = torch.tensor([3.0, 4.0]) * scale  # a vector, which both kinds move by AdamW
+    assert one.clip() == 5
+    one.step(0.1, torch.zeros(()))
+    seen = one.optimizer.state[one.parameters[1]]["exp_avg"] / (1 - one.config.betas[0])
+    assert seen.norm().item() == pytest.approx(after, rel=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -39,15 +39,19 @@ CACHED = {"ldm cached", "ldm remembering"}
 # Losses that draw noise levels, the weight of the step before, codes, and optimisers of two kinds.
 REMEMBERING = {
     "ldm remembering": ["--loss.importance", "true", "--optim.kind", "muon", "--run.ema.widths", "[0.05, 0.1]"],
+    "ldm split": ["--run.shard", "true", "--run.ema.widths", "[0.05, 0.1]", "--run.ema.snapshot_every", "2"],
+    "vae split": ["--run.shard", "true", "--model.codebook", "8"],
     "vae remembering": ["--model.codebook", "8", "--discriminator.norm", "spectral", "--optim.kind", "adafactor"],
 }
 
 
 QUICK = [("vae", "bf16", 2, 2), ("ldm remembering", "fp32", 0, 2), ("vae remembering", "fp32", 0, 1)]
+QUICK += [("ldm split", "fp32", 0, 2)]
+SLOW = [("vae split", "bf16", 0, 2)]
 CASES = [pytest.param(*case, [3]) for case in QUICK]
 CASES += [
     pytest.param(*case, [3, 5], marks=pytest.mark.slow)
-    for case in [*itertools.product(("vae", "ldm", "ldm cached"), ("fp32", "bf16"), (0, 2), (1, 2)), *QUICK[1:]]
+    for case in [*itertools.product(("vae", "ldm", "ldm cached"), ("fp32", "bf16"), (0, 2), (1, 2)), *QUICK[1:], *SLOW]
 ]
 
 
@@ -126,13 +130,17 @@ def test_what_splits_weights_is_refused(server: Server, tmp_path: Path):
     assert "the launcher asks for FSDP" in trainee.said and "Traceback" not in trainee.said
 
 
+SPLIT = ("split", 2, ["--run.shard", "true", "--optim.accumulate", "2"])
+
+
 @pytest.mark.parametrize("kind", ["ldm", pytest.param("vae", marks=pytest.mark.slow)])
 def test_one_process_two_and_accumulation_take_the_same_steps(
     kind: str, server: Server, autoencoder: str, tmp_path: Path
 ):
     settings = ["--autoencoder", autoencoder] if kind == "ldm" else []
+    settings += ["--optim.clip", "0.1"]  # below what the gradients have
     logs = []
-    for name, ranks, more in (("one", 1, []), ("two", 2, []), ("parts", 1, ["--optim.accumulate", "2"])):
+    for name, ranks, more in (("one", 1, []), ("two", 2, []), ("parts", 1, ["--optim.accumulate", "2"]), SPLIT):
         words = [*settings, *more, "--run.batch_size", "8", "--run.log_every", "1"]
         trainee = server.start(kind, tmp_path / name, words, ranks)
         assert trainee.wait() == [0] * ranks, trainee.said
@@ -148,9 +156,10 @@ def test_one_process_two_and_accumulation_take_the_same_steps(
 def test_a_run_goes_on_with_another_number_of_processes(server: Server, autoencoder: str, tmp_path: Path):
     words = ["--autoencoder", autoencoder, "--optim.schedule", "constant"]
     words += ["--run.log_every", "4"]  # with a mean that the change cuts through
-    for run, parts in (("one", [(1, "6")]), ("both", [(1, "3"), (2, "6")])):
+    for run, parts in (("one", [(1, "6")]), ("both", [(1, "3"), (2, "5"), (2, "6")])):
         for ranks, steps in parts:
-            trainee = server.start("ldm", tmp_path / run, [*words, "--run.steps", steps], ranks)
+            more = ["--run.shard", str(steps == "5").lower()]
+            trainee = server.start("ldm", tmp_path / run, [*words, "--run.steps", steps, *more], ranks)
             assert trainee.wait() == [0] * ranks, trainee.said
     one, both = ({r["step"]: r for r in records(tmp_path / run)} for run in ("one", "both"))
     for name, value in one[6].items():

@@ -3,6 +3,7 @@
 The server is `python -m training.trainee`, told by lines of JSON what to start and whom to wait for.
 """
 
+import gc
 import json
 import os
 import resource
@@ -216,15 +217,16 @@ def _serve() -> None:
     from accelerate import Accelerator  # noqa: F401
     from torch.utils.tensorboard import SummaryWriter  # noqa: F401
 
-    import ldm.training.loop
-    import ldm.training.memory
+    import ldm.training.arguments
     import ldm.training.tasks.autoencoder
     import ldm.training.tasks.denoising
     from ldm.text.open_clip import open_clip
 
     open_clip()
-    ldm.training.memory.announce = lambda task, config: None
+    ldm.training.arguments.announce = lambda task, config: None
     assert len(os.listdir("/proc/self/task")) == 1, "a process with threads does not fork safely"
+    gc.collect()
+    gc.freeze()  # or each child copies every page that it looks over
     codes: dict[int, int] = {}
     for line in sys.stdin:
         request = json.loads(line)

@@ -82,14 +82,8 @@ class AutoencoderTask:
 
     def to(self, device: torch.device) -> None:
         self.device = device
-        for module in (
-            self.autoencoder,
-            self.teacher,
-            self.discriminator,
-            self.perceptual,
-            self.balance,
-            self.inception,
-        ):
+        others = (self.teacher, self.discriminator, self.perceptual, self.balance, self.inception)
+        for module in (self.autoencoder, *others):
             if module is not None:
                 module.to(device)
 
@@ -111,7 +105,7 @@ class AutoencoderTask:
         image = to_image(batch["image"])
         posterior = self.autoencoder.encode(image)
         noise = keyed.normal(self.config.run.seed, "posterior", batch["position"], tuple(posterior.mean.shape[1:]))
-        taught = self._taught(image)
+        taught = None if self.teacher is None else self.teacher.encode(image)
         reconstruction = self.autoencoder.decode((taught or posterior).sample(noise)).float()
         self._reconstruction = pixels = reconstruction.detach().requires_grad_()
 
@@ -137,10 +131,6 @@ class AutoencoderTask:
         return {
             "loss": backward + (total + rest - backward).detach()
         } | terms  # the value of one, the gradient of the other
-
-    @torch.no_grad()
-    def _taught(self, image: Image) -> Gaussian | None:
-        return None if self.teacher is None else self.teacher.encode(image)
 
     def _at_last_layer(self, reconstruction: Tensor, direction: Tensor) -> Tensor:
         """The gradient at the decoder's last layer of a loss that has this one at the pixels."""

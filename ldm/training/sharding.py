@@ -1,0 +1,56 @@
+"""FSDP: each process keeps its share of the weights, of their average and of the optimiser's memory.
+
+A learner is one unit (torch's `fully_shard`): its weights are gathered whole for a step and let go after it, and the
+gradients are summed into shares. So a process needs 1/n of what stays, and all of what a step takes.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+
+def shard(module: nn.Module, device: torch.device, processes: int) -> Any:
+    """Split the parameters of a module evenly; its modules are then called within its `forward` alone."""
+    return fully_shard(module, mesh=init_device_mesh(device.type, (processes,)))
+
+
+def whole(value: Tensor) -> Tensor:
+    """A tensor with the shares of all processes, which must all ask for it."""
+    return value.full_tensor() if isinstance(value, DTensor) else value
+
+
+def split_as(like: Tensor, value: Tensor) -> Tensor:
+    """The share of a whole tensor that this process has of another."""
+    if not isinstance(like, DTensor):
+        return value
+    return distribute_tensor(value.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+
+
+def copied(tensors: Mapping[str, Tensor], *, keep: bool = True) -> dict[str, Tensor]:
+    """The same values, whole, on the CPU, in memory of their own; nothing where they are not to be kept."""
+    wholes = ((name, whole(value.detach())) for name, value in tensors.items())
+    return {name: value.to("cpu", copy=True) for name, value in wholes if keep}
+
+
+@contextmanager
+def gathered(networks: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
+    """Within it split networks hold whole parameters in every process, of these values where they are given."""
+    own = dict(networks.named_parameters())
+    wholes = {name: whole(values.get(name, parameter).detach()) for name, parameter in own.items()}
+    _put(networks, {name: nn.Parameter(value, own[name].requires_grad) for name, value in wholes.items()})
+    try:
+        yield
+    finally:
+        _put(networks, own)
+
+
+def _put(networks: nn.Module, parameters: Mapping[str, nn.Parameter]) -> None:
+    for name, parameter in parameters.items():
+        path, _, leaf = name.rpartition(".")
+        setattr(networks.get_submodule(path), leaf, parameter)
