@@ -150,7 +150,7 @@ def test_a_stand_in_has_the_same_size(sized):
         data[data.index(shards.image(0, index)) + 20] ^= 1
     path.write_bytes(data)
     dataset = open_dataset(sized, batch=4)
-    assert dataset.row(15).key == "102" and dataset.row(15).pixels.shape == (16, 32, 3)
+    assert dataset.row(15).key == "102" and dataset.row(15).pixels.shape == (3, 16, 32)
     problems: list[str] = []
     assert dataset.view(2, problems, 0.5, 0.5).key == "102"
     assert dataset.view(9, problems, 0.5, 0.5).key == "110"  # the third of the tall ones
