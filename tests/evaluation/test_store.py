@@ -15,6 +15,8 @@ from ldm.evaluation.store import Found, Kept, Store, key, paint
 from ldm.pipeline import load
 from ldm.recipe import Request
 
+SHARD = str(Path(__file__).parents[1] / "assets/shards/00001.tar")
+
 
 class Counter:
     """Numbers as a chunk; remembers what it was asked for, and fails where told."""
@@ -81,6 +83,7 @@ def test_found_pictures(folder: Path, tiny_model: Path, tmp_path: Path) -> None:
     assert found.read([1, 0]).shape == (2, 3, 16, 16)
     assert found.read([1]).unique().tolist() == [7]
     assert found.captions(5) == ["a red apple", "a blue sofa", "an apple", "a blue sofa"]
+    assert Found(SHARD, 32, 8).captions(2) == [Found(SHARD, 32, 8).captions(8)[i] for i in (0, 4)]
     assert Found(str(folder), 8).read([0]).shape == (1, 3, 8, 8)
     some = Found(str(folder), n=2)
     assert some.texts == ["a red apple", "a blue sofa"]
