@@ -84,7 +84,7 @@ class Found:
         self.texts = [_text(one.columns, Path(path, files[i])) for one, i in zip(raw, self.rows, strict=True)]
 
     def captions(self, n: int) -> list[str]:
-        """n captions: of as many pictures, spread evenly; of more than there are, of each its first, then its second."""
+        """n captions: of as many pictures, spread evenly; of more than there are, each one's first, then its second."""
         of = [one["captions"] or [text] for one, text in zip(self.columns, self.texts, strict=True)]
         of = [of[i * len(of) // n] for i in range(n)] if 0 < n < len(of) else of
         wanted = (of[i % len(of)][i // len(of) % len(of[i % len(of)])] for i in range(n))
