@@ -131,14 +131,6 @@ def newest(folder: Path, warn: Callable[[str], None]) -> tuple[Path, Saved] | No
     return None
 
 
-def read_state(path: Path) -> dict[str, Any]:
-    """What a checkpoint holds besides tensors. UserError where that cannot be read."""
-    try:
-        return dict(json.loads((path / STATE).read_text()))
-    except (OSError, ValueError) as error:
-        raise UserError(f"the checkpoint {str(path)!r} is damaged: {error}") from None
-
-
 def _fault(path: Path) -> str | None:
     try:
         digests = json.loads((path / MANIFEST).read_text())

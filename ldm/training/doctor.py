@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 
 from ldm.checkpoints.native import SamplingDefaults
 from ldm.data.dataset import to_image
@@ -132,8 +133,9 @@ def latents(task: DenoisingTask, images: torch.Tensor) -> Iterator[str]:
         yield f"latents of {task.config.autoencoder!r} are not finite: take another file, or fp32"
     elif centre.abs().max() > 1 or spread.max() > 2 or spread.mean() < 0.4:
         yield (
-            f"latents of {task.config.autoencoder!r} have means {_numbers(centre)} and deviations {_numbers(spread)}, "
-            "not 0 and 1: its statistics (mean, std) are not those of this data, measure them with scripts/train_vae.py"
+            f"latents of {task.config.autoencoder!r} have means from {centre.min():.2f} to {centre.max():.2f}, "
+            f"deviations from {spread.min():.2f} to {spread.max():.2f}, not 0 and 1: its statistics (mean, std) "
+            "are not those of this data, measure them with scripts/train_vae.py"
         )
 
 
@@ -163,15 +165,10 @@ def room(task: Any, config: Settings, run: Path | None, processes: int) -> Itera
 def earlier(config: Settings, run: Path) -> Iterator[str]:
     """What the folder holds of a run before."""
     try:
-        found = checkpoint.complete(run / "checkpoints")
-        if found:
-            check_same(config, checkpoint.read_state(found[-1])["config"], run)
-    except UserError as error:
+        if checkpoint.complete(run / "checkpoints"):
+            check_same(config, yaml.safe_load((run / "config.yaml").read_text()), run)
+    except (UserError, OSError, yaml.YAMLError) as error:
         yield str(error)
-
-
-def _numbers(values: torch.Tensor) -> str:
-    return "[" + ", ".join(f"{value:.2f}" for value in values[:4].tolist()) + (", ...]" if len(values) > 4 else "]")
 
 
 CHECKS: tuple[Callable[[Any, int], Iterator[str]], ...] = (together, shards, rates, saving, precision, diffusion)

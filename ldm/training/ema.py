@@ -21,7 +21,8 @@ class Ema:
     """fp32 shadows of parameters: shadow += (1 - decay_t) (parameter - shadow), one for each width or one in all."""
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], config: EmaConfig) -> None:
-        self.names, self.parameters, self.config = list(parameters), list(parameters.values()), config
+        self.names, self.config = list(parameters), config
+        self.parameters: list[Tensor] = list(parameters.values())
         self.exponents = [exponent(width) for width in config.widths]
         self.shadows = [[p.detach().clone().float() for p in self.parameters] for _ in config.widths or (0,)]
 

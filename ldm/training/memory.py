@@ -24,27 +24,21 @@ from ldm.training.processes import precision
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes. held: networks that are not trained; step: the most that activations and gradients take at one time."""
+    """Bytes: held of networks that are not trained; step of activations and gradients at the worst moment."""
 
     weights: int
     held: int
     average: int
     optimizer: int
-    gradients: int
     step: int
 
     @property
     def total(self) -> int:
-        """At the worst moment: in the backward pass, or when the average moves by a difference of its own size."""
-        return self.weights + self.held + self.average + self.optimizer + max(self.step, self.gradients + self.average)
+        return self.weights + self.held + self.average + self.optimizer + self.step
 
     def __str__(self) -> str:
-        parts = {
-            "weights": self.weights + self.held,
-            "their average": self.average,
-            "optimiser": self.optimizer,
-            "gradients and activations": max(self.step, self.gradients + self.average),
-        }
+        parts = {"weights": self.weights + self.held, "their average": self.average, "optimiser": self.optimizer}
+        parts["gradients and activations"] = self.step
         return f"{size(self.total)} for a step: " + ", ".join(f"{name} {size(n)}" for name, n in parts.items())
 
 
@@ -94,22 +88,21 @@ def predict(task: Any, config: VaeRun | LdmRun, processes: int = 1, device: torc
         counter, gradients = Counter(tensors), list[Tensor | None]()
         with counter, torch.autocast(device.type, dtype or torch.bfloat16, enabled=dtype is not None):
             for objective in double.objectives():
-                trained = [p for net in objective.networks.values() for p in net.parameters() if p.requires_grad]
                 loss = objective.loss(batch)["loss"]
-                gradients += torch.autograd.grad(loss, trained, allow_unused=True)
+                gradients += torch.autograd.grad(loss, _trained(objective.networks.values()), allow_unused=True)
                 del loss
-        split = _trained(double.objectives()[0].networks.values()) if config.run.shard else 0
-        trained_bytes = _trained(double.networks.values())
-        averaged = _trained(double.networks[name] for name in double.averaged)
+        trained = _bytes(_trained(double.networks.values()))
+        averaged = _bytes(_trained(double.networks[name] for name in double.averaged))
+        split = _bytes(_trained(double.objectives()[0].networks.values())) if config.run.shard else 0
     away = split - split // processes  # what others keep
     copies = (config.optim.accumulate > 1) + (processes > 1)  # gradients that wait for more, or to be sent
+    average = (averaged - away) * max(len(config.run.ema.widths), 1)
     return Memory(
-        weights=trained_bytes + (split // processes if processes > 1 else 0),
-        held=sum(map(_bytes, tensors)) - trained_bytes,
-        average=(averaged - away) * max(len(config.run.ema.widths), 1),
-        optimizer=int((trained_bytes - away) * STATE[config.optim.kind]),
-        gradients=trained_bytes,
-        step=counter.peak + copies * trained_bytes,
+        weights=trained + (split // processes if away else 0),
+        held=_bytes(tensors) - trained,
+        average=average,
+        optimizer=int((trained - away) * STATE[config.optim.kind]),
+        step=max(counter.peak + copies * trained, trained + average),  # backward, or the average moves by a difference
     )
 
 
@@ -159,12 +152,12 @@ def _grown(value: Any, count: int, device: torch.device) -> Any:
     return value * count
 
 
-def _trained(networks: Iterable[nn.Module]) -> int:
-    return sum(_bytes(p) for network in networks for p in network.parameters() if p.requires_grad)
+def _trained(networks: Iterable[nn.Module]) -> list[Tensor]:
+    return [p for network in networks for p in network.parameters() if p.requires_grad]
 
 
-def _bytes(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
+def _bytes(tensors: list[Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def size(count: float) -> str:

@@ -32,6 +32,7 @@ VARIANTS: dict[str, tuple[str, list[str], int, int]] = {  # script, words, proce
     "ldm, fp32, cached, 2 workers": ("ldm", CACHE + READERS, 1, 2),
     "vae, fp32, 2 processes": ("vae", [], 2, 1),
     "ldm, bf16, cached, 2 processes": ("ldm", BF16 + CACHE, 2, 1),
+    "ldm, fp32, split, 2 processes": ("ldm", ["--run.shard", "true"], 2, 1),
 }
 FILE_USES = 140  # of a run, about
 

@@ -36,7 +36,7 @@ def tiny() -> Make:
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """The prediction of memory takes a second."""
-    monkeypatch.setattr(memory, "predict", lambda *_: memory.Memory(10**6, 0, 10**6, 10**6, 10**6, 10**7))
+    monkeypatch.setattr(memory, "predict", lambda *_: memory.Memory(10**6, 0, 10**6, 10**6, 10**7))
 
 
 # What is planted, by how many processes it is run, and what is found.

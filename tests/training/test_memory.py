@@ -56,7 +56,7 @@ def test_what_the_prediction_knows(ldm, tmp_path: Path):
 
     plain = of("--run.batch_size", "8")
     assert of("--run.batch_size", "16").step > 1.5 * plain.step
-    assert of("--run.batch_size", "16", processes=2).step == plain.step + plain.gradients
+    assert of("--run.batch_size", "16", processes=2).step == plain.step + plain.weights
     assert of("--run.batch_size", "8", "--optim.kind", "muon").optimizer == plain.optimizer / 2
     assert of("--run.batch_size", "8", "--text.train", "true", "--freeze", "[text.*]").weights < plain.weights
     split = of("--run.batch_size", "16", "--run.shard", "true", processes=2)
