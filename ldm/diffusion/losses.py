@@ -23,43 +23,19 @@ from ldm.shapes import Latent, Sigma
 Weighting = Callable[..., Tensor]  # (sigma, out), and gamma where a paper has such a number
 
 
-def uniform(sigma: Tensor, out: Tensor) -> Tensor:
-    """1 on the network's own output: DDPM's simple loss, and under edm scalings EDM's weight."""
-    return torch.ones_like(sigma)
-
-
-def snr(sigma: Tensor, out: Tensor) -> Tensor:
-    """The loss of a noise predictor, whatever the network predicts."""
-    return (out / sigma) ** 2
-
-
-def min_snr(sigma: Tensor, out: Tensor, gamma: float = 5.0) -> Tensor:
-    """min(SNR, gamma) on x0 (Hang et al. 2023): min(SNR, gamma) / SNR for eps, / (SNR + 1) for v."""
-    return (sigma**-2).clamp(max=gamma) * out**2
-
-
-def soft_min_snr(sigma: Tensor, out: Tensor, gamma: float = 5.0) -> Tensor:
-    """Min-SNR without its corner: 1 / (sigma^2 + 1 / gamma) on x0 (Crowson et al. 2024, Eq. 5)."""
-    return out**2 / (sigma**2 + 1 / gamma)
-
-
-def p2(sigma: Tensor, out: Tensor, gamma: float = 1.0) -> Tensor:
-    """1 / (1 + SNR)^gamma on the noise (Choi et al. 2022, Eq. 8, k = 1): less of what the eye does not see."""
-    return (out / sigma) ** 2 * (1 + sigma**-2) ** -gamma
-
-
-def edm(sigma: Tensor, out: Tensor, gamma: float = 0.5) -> Tensor:
-    """(sigma^2 + gamma^2) / (sigma gamma)^2 on x0, gamma being the data's deviation (Karras et al. 2022, table 1)."""
-    return out**2 * (sigma**-2 + gamma**-2)
-
-
 WEIGHTINGS: dict[str, Weighting] = {
-    "uniform": uniform,
-    "snr": snr,
-    "min_snr": min_snr,
-    "soft_min_snr": soft_min_snr,
-    "p2": p2,
-    "edm": edm,
+    # 1 on the network's own output: DDPM's simple loss, and under edm scalings EDM's weight.
+    "uniform": lambda sigma, out: torch.ones_like(sigma),
+    # The loss of a noise predictor, whatever the network predicts.
+    "snr": lambda sigma, out: (out / sigma) ** 2,
+    # min(SNR, gamma) on x0 (Hang et al. 2023): min(SNR, gamma) / SNR for eps, / (SNR + 1) for v.
+    "min_snr": lambda sigma, out, gamma=5.0: (sigma**-2).clamp(max=gamma) * out**2,
+    # Min-SNR without its corner: 1 / (sigma^2 + 1 / gamma) on x0 (Crowson et al. 2024, Eq. 5).
+    "soft_min_snr": lambda sigma, out, gamma=5.0: out**2 / (sigma**2 + 1 / gamma),
+    # 1 / (1 + SNR)^gamma on the noise (Choi et al. 2022, Eq. 8, k = 1): less of what the eye does not see.
+    "p2": lambda sigma, out, gamma=1.0: (out / sigma) ** 2 * (1 + sigma**-2) ** -gamma,
+    # (sigma^2 + gamma^2) / (sigma gamma)^2 on x0, gamma being the data's deviation (Karras et al. 2022, table 1).
+    "edm": lambda sigma, out, gamma=0.5: out**2 * (sigma**-2 + gamma**-2),
 }
 
 
@@ -83,7 +59,7 @@ def diffusion_loss(
     sigma: Sigma,
     noise: Latent,
     cond: Any,
-    weighting: Weighting = uniform,
+    weighting: Weighting = WEIGHTINGS["uniform"],
     *,
     seen: Latent | None = None,
     vlb: float = 0.0,

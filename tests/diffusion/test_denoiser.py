@@ -8,7 +8,7 @@ import torch
 from ldm.conditioning import Conditioning
 from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.guidance import cfg
-from ldm.diffusion.losses import WEIGHTINGS, diffusion_loss, find_weighting, min_snr, soft_min_snr
+from ldm.diffusion.losses import WEIGHTINGS, diffusion_loss, find_weighting
 from ldm.diffusion.noise import SeededNoise
 from ldm.diffusion.predictions import PREDICTIONS, edm
 from ldm.diffusion.schedules import ScheduleConfig, make_schedule
@@ -83,8 +83,8 @@ def test_gamma_and_the_deviation_of_the_data_count() -> None:
     one, v = edm(sigma, sd=1.0), PREDICTIONS["v"](sigma)  # on data of unit deviation edm is v with its sign turned
     assert torch.allclose(one.out, -v.out) and torch.allclose(one.skip, v.skip) and torch.allclose(one.inp, v.inp)
     ones = torch.ones_like(sigma)
-    assert torch.allclose(min_snr(sigma, ones, gamma=2.0), (sigma**-2).clamp(max=2))
-    assert torch.allclose(soft_min_snr(sigma, ones, gamma=2.0), 1 / (sigma**2 + 0.5))
+    assert torch.allclose(WEIGHTINGS["min_snr"](sigma, ones, gamma=2.0), (sigma**-2).clamp(max=2))
+    assert torch.allclose(WEIGHTINGS["soft_min_snr"](sigma, ones, gamma=2.0), 1 / (sigma**2 + 0.5))
 
 
 @pytest.mark.parametrize(("name", "gamma"), [("min_snr", 2.0), ("soft_min_snr", 2.0), ("p2", 0.5), ("edm", 1.0)])
