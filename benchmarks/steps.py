@@ -5,9 +5,10 @@
 
 Each variant is a process of its own with the same random weights, for what keeps memory acts on a whole process; they
 take turns. `default` is what txt2img does here, `diffusers` what theirs does unasked, `diffusers tuned` theirs in bf16,
-channels-last and with memory kept. The ceiling is the time that the work would take at the speed of the best kernel
-there is, a 3 x 3 convolution, measured in the same process and precision. --clock cpu counts what the threads worked,
-which on a machine that others use as well says more than the clock on the wall.
+channels-last and with memory kept; `openvino`, where it is installed (requirements-bench.txt), is what that makes of
+diffusers' networks, in bf16 where the processor has it. The ceiling is the time that the work would take at the speed
+of the best kernel there is, a 3 x 3 convolution, measured in the same process and precision. --clock cpu counts what the
+threads worked, which on a machine that others use as well says more than the clock on the wall.
 """
 
 import argparse
@@ -17,6 +18,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -24,7 +27,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-VARIANTS = ("diffusers", "diffusers tuned", "fp32", "default")  # of these the last two are ours
+VARIANTS = ["diffusers", "diffusers tuned", "fp32", "default"]  # of these the last two are ours
+VARIANTS += ["openvino"] * bool(find_spec("openvino"))
 WIDTHS = (1, 2, 4, 4)
 
 
@@ -36,6 +40,28 @@ def flops(run: Callable[[], Any]) -> int:
     return counter.get_total_flops()
 
 
+def first(answer: Any) -> Any:
+    """The tensor in diffusers' answer: the latents' distribution has two, its noise is drawn outside."""
+    answer = getattr(answer, "latent_dist", answer)
+    return answer.parameters if hasattr(answer, "parameters") else answer[0]
+
+
+def converted(run: Callable[..., Any], given: tuple[Any, ...], threads: int) -> Callable[[], Any]:
+    """A function of tensors as a program of OpenVINO's; the numbers of one call are its own."""
+    import openvino
+    import torch
+
+    from ldm.models.speed import native_bf16
+
+    module = torch.nn.Module()
+    module.forward = lambda *given: first(run(*given))  # type: ignore[method-assign]
+    precision = "bf16" if native_bf16(torch.device("cpu")) else "f32"
+    options = {"INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": precision}
+    program = openvino.compile_model(openvino.convert_model(module, example_input=given), "CPU", options)
+    arrays = [tensor.numpy() for tensor in given]
+    return lambda: program(arrays)
+
+
 def networks(args: argparse.Namespace) -> dict[str, Callable[[], Any]]:
     """What is measured: name -> one run of it."""
     import torch
@@ -45,10 +71,10 @@ def networks(args: argparse.Namespace) -> dict[str, Callable[[], Any]]:
     from ldm.models.autoencoder import Autoencoder, AutoencoderConfig
     from ldm.models.unet import UNet, UNetConfig
 
-    theirs, dtype = args.child.startswith("diffusers"), torch.float32
+    theirs, dtype = args.child not in ("fp32", "default"), torch.float32
     if args.child in ("diffusers tuned", "default") and speed.native_bf16(torch.device("cpu")):
         dtype = torch.bfloat16
-    if args.child != "diffusers":
+    if args.child not in ("diffusers", "openvino"):
         speed.keep_memory()
     heads = max(1, args.width // 40)
     channels = tuple(args.width * w for w in WIDTHS)
@@ -84,20 +110,24 @@ def networks(args: argparse.Namespace) -> dict[str, Callable[[], Any]]:
     def drawn(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=rng).to(dtype)
 
-    tokens, label = drawn(2, 77, 768), torch.tensor([500.0, 500.0])
-    runs: dict[str, Callable[[], Any]] = {}
-    for n in args.unet:
-        z = drawn(2, 4, n, n)
-        runs[f"UNet {n}x{n}, batch 2"] = (
-            (lambda z=z: unet(z, label, tokens)) if theirs else (lambda z=z: unet(z, label, Conditioning(tokens)))
-        )
+    label, tokens = torch.tensor([500.0, 500.0]), drawn(2, 77, 768)
+    step = unet if theirs else lambda z, label, tokens: unet(z, label, Conditioning(tokens))
+    calls: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
+        f"UNet {n}x{n}, batch 2": (step, (drawn(2, 4, n, n), label, tokens)) for n in args.unet
+    }
     if args.vae:
         n = args.vae
-        z, image = drawn(1, 4, n, n), drawn(1, 3, 8 * n, 8 * n)
-        runs[f"VAE decode {n}x{n}"] = lambda: auto.decode(z)
-        runs[f"VAE encode {8 * n} px"] = lambda: auto.encode(image)
-    weight, x = drawn(256, 256, 3, 3), drawn(1, 256, 64, 64).contiguous(memory_format=torch.channels_last)
-    weight = weight.contiguous(memory_format=torch.channels_last)
+        calls[f"VAE decode {n}x{n}"] = auto.decode, (drawn(1, 4, n, n),)
+        calls[f"VAE encode {8 * n} px"] = auto.encode, (drawn(1, 3, 8 * n, 8 * n),)
+    runs = {
+        what: converted(call, given, args.threads) if args.child == "openvino" else partial(call, *given)
+        for what, (call, given) in calls.items()
+    }
+    halves = args.child == "openvino" and speed.native_bf16(torch.device("cpu"))
+    weight, x = (
+        drawn(*shape).to(torch.bfloat16 if halves else dtype).contiguous(memory_format=torch.channels_last)
+        for shape in ((256, 256, 3, 3), (1, 256, 64, 64))
+    )
     runs["peak"] = lambda: torch.conv2d(x, weight, padding=1)
     return runs
 
@@ -133,12 +163,14 @@ def main() -> None:
     args = parser.parse_args()
     if args.child:
         return child(args)
-    children, work = {}, {}
+    children: dict[str, subprocess.Popen[str]] = {}
+    work: dict[str, float] = {}
     for name in args.variants:
         command = [sys.executable, __file__, "--child", name, *sys.argv[1:]]
         children[name] = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         assert children[name].stdout is not None
-        work = json.loads(children[name].stdout.readline() or "null") or sys.exit(f"{name} failed")
+        counted = json.loads(children[name].stdout.readline() or "null") or sys.exit(f"{name} failed")
+        work = {what: max(work.get(what, 0), count) for what, count in counted.items()}  # some do it with less
     times: dict[str, dict[str, list[float]]] = {what: {name: [] for name in children} for what in work}
     for _ in range(args.repeats):
         for what, found in times.items():
