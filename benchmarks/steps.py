@@ -7,7 +7,7 @@ Each variant is a process of its own with the same random weights, for what keep
 take turns. `default` is what txt2img does here, `diffusers` what theirs does unasked, `diffusers tuned` theirs in bf16,
 channels-last and with memory kept; `openvino`, where it is installed (requirements-bench.txt), is what that makes of
 diffusers' networks, in bf16 where the processor has it. The ceiling is the time that the work would take at the speed
-of the best kernel there is, a 3 x 3 convolution, measured in the same process and precision. --clock cpu counts what the
+of the best kernel there is, a 3 x 3 convolution, measured in its process and precision. --clock cpu counts what the
 threads worked, which on a machine that others use as well says more than the clock on the wall.
 """
 
