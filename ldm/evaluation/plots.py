@@ -6,7 +6,6 @@ Each function returns a matplotlib Figure. The plane figures use a ring of six G
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,7 +14,6 @@ from torch import Tensor
 from ldm.diffusion.mixture import ring
 from ldm.diffusion.samplers import ORDERS, SAMPLERS, Step
 from ldm.diffusion.schedules import Schedule, ScheduleConfig, make_schedule
-from ldm.errors import UserError
 from ldm.evaluation.statistics import Estimate
 from ldm.shapes import Image
 
@@ -41,21 +39,13 @@ SIDE_BY_SIDE = ("ddim", "euler_a", "heun", "dpmpp_2m", "dpmpp_2m_sde", "unipc")
 @contextmanager
 def panels(rows: int, columns: int, width: float, height: float) -> "Iterator[tuple[Figure, Any]]":
     """A figure and its (rows, columns) axes, which are quiet within the with-block. Sizes in inches."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise UserError("figures need matplotlib: pip install matplotlib") from None
+    import matplotlib
     from cycler import cycler
     from matplotlib.figure import Figure
 
-    style: dict[Any, Any] = {
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.grid": True,
-        "grid.color": "#e6e6e6",
-    }
-    style |= {"axes.titlesize": 10, "font.size": 9, "legend.frameon": False, "savefig.dpi": 100}
-    with matplotlib.rc_context(style | {"axes.prop_cycle": cycler(color=COLOURS)}):
+    quiet: dict[Any, Any] = {"axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False}
+    quiet |= {"axes.grid": True, "grid.color": "#e6e6e6", "axes.titlesize": 10, "font.size": 9, "savefig.dpi": 100}
+    with matplotlib.rc_context(quiet | {"axes.prop_cycle": cycler(color=COLOURS)}):
         figure = Figure(figsize=(width, height), layout="constrained")
         yield figure, figure.subplots(rows, columns, squeeze=False)
 
@@ -81,21 +71,42 @@ def schedules() -> "Figure":
     return figure
 
 
-def forward(picture: Image, schedule: Schedule, n: int = 9) -> "Figure":
-    """A picture (1, 3, h, w) at n even times: x / sqrt(1 + sigma^2), with the same noise all along."""
-    sigmas = schedule.sigma(torch.linspace(0, 1, n, dtype=torch.float64))
-    noise = torch.randn(picture.shape, generator=torch.Generator().manual_seed(0))
-    with panels(1, n, 1.25 * n, 1.6) as (figure, axes):
-        for i, (axis, sigma) in enumerate(zip(axes[0], sigmas.tolist(), strict=True)):
-            x = picture if i == 0 else (picture + sigma * noise) / math.hypot(1, sigma)
-            _show(x[0], axis, "the picture" if i == 0 else rf"$\sigma$ {sigma:.3g}")
+def _sheet(titles: Sequence[str], labels: Sequence[str], draw: Callable[[Any, int, int], None]) -> "Figure":
+    """Small square panels, a column for each title and a row for each label: `draw(axis, row, column)`."""
+    with panels(len(labels), len(titles), 1.4 * len(titles), 1.5 * len(labels)) as (figure, axes):
+        for row, label in enumerate(labels):
+            for column, title in enumerate(titles):
+                draw(axes[row, column], row, column)
+                axes[row, column].set(xticks=[], yticks=[], title="" if row else title)
+            axes[row, 0].set_ylabel(label)
     return figure
 
 
-def _show(image: Tensor, axis: Any, title: str) -> None:
+def _show(axis: Any, image: Tensor) -> None:
     axis.imshow(image.clamp(-1, 1).add(1).div(2).permute(1, 2, 0).float().cpu(), interpolation="nearest")
-    axis.set(xticks=[], yticks=[], title=title)
     axis.spines[:].set_visible(False)
+
+
+def _scatter(axis: Any, points: Tensor, limit: float, shade: str) -> None:
+    axis.scatter(*points.T.numpy(), s=1.2, color=shade, alpha=0.5, linewidths=0, rasterized=True)
+    axis.set(xlim=(-limit, limit), ylim=(-limit, limit), aspect="equal")
+    axis.grid(False)
+
+
+def _levels(sigmas: Sequence[float]) -> list[str]:
+    return [rf"$\sigma$ {sigma:.3g}" for sigma in sigmas]
+
+
+def forward(picture: Image, schedule: Schedule, n: int = 9) -> "Figure":
+    """A picture (1, 3, h, w) at n even times: x / sqrt(1 + sigma^2), with the same noise all along."""
+    sigmas = schedule.sigma(torch.linspace(0, 1, n, dtype=torch.float64)).tolist()
+    noise = torch.randn(picture.shape, generator=torch.Generator().manual_seed(0))
+
+    def draw(axis: Any, row: int, column: int) -> None:
+        sigma = sigmas[column]
+        _show(axis, ((picture + sigma * noise) / math.hypot(1, sigma) if column else picture)[0])
+
+    return _sheet(["the picture", *_levels(sigmas[1:])], [""], draw)
 
 
 def _plane(name: str, n: int, points: int) -> list[Step]:
@@ -110,67 +121,42 @@ def _plane(name: str, n: int, points: int) -> list[Step]:
     return list(SAMPLERS[name](ring(), x, [*levels.tolist(), 0.0], noise))
 
 
-def _scatter(points: Tensor, limit: float, shade: str, axis: Any, title: str) -> None:
-    axis.scatter(*points.T.numpy(), s=1.2, color=shade, alpha=0.5, linewidths=0, rasterized=True)
-    axis.set(xlim=(-limit, limit), ylim=(-limit, limit), xticks=[], yticks=[], aspect="equal", title=title)
-    axis.grid(False)
-
-
-def _pairs(pairs: Sequence[tuple[Callable[[Any, str], None], Callable[[Any, str], None], float]]) -> "Figure":
-    """x above, and the x0 that was steered by below: what draws each (axis, title), and the sigma of the step."""
-    with panels(2, len(pairs), 1.27 * len(pairs), 2.85) as (figure, axes):
-        for i, (x, x0, sigma) in enumerate(pairs):
-            x(axes[0, i], rf"$\sigma$ {sigma:.3g}")
-            x0(axes[1, i], "")
-        axes[0, 0].set_ylabel("x")
-        axes[1, 0].set_ylabel(r"$x_0$")
-    return figure
-
-
 def trajectory(name: str = "dpmpp_2m", n: int = 8) -> "Figure":
     """One run on the ring: x at each step (scaled by its own deviation), and the x0 that the step steered by."""
-    return _pairs(
-        [
-            (
-                partial(_scatter, step.x / math.hypot(1.5, step.sigma), 2.2, COLOURS[0]),
-                partial(_scatter, step.x0, 2.6, COLOURS[1]),
-                step.sigma,
-            )
-            for step in _plane(name, n, 1500)
-        ]
-    )
+    steps = _plane(name, n, 1500)
+
+    def draw(axis: Any, row: int, column: int) -> None:
+        step = steps[column]
+        points, limit = (step.x0, 2.6) if row else (step.x / math.hypot(1.5, step.sigma), 2.2)
+        _scatter(axis, points, limit, COLOURS[row])
+
+    return _sheet(_levels([step.sigma for step in steps]), ("x", "$x_0$"), draw)
 
 
 def painting(frames: Sequence[tuple[Image, Image, float]]) -> "Figure":
     """A picture as it comes about: (decoded x, decoded x0, sigma) of each step."""
-    return _pairs([(partial(_show, x[0]), partial(_show, x0[0]), sigma) for x, x0, sigma in frames])
-
-
-def _compared(draw: Callable[..., None], names: Sequence[str], counts: Sequence[int]) -> "Figure":
-    """A column for each sampler and a row for each number of steps: `draw(axis, title, sampler, steps)`."""
-    with panels(len(counts), len(names), 1.45 * len(names), 1.5 * len(counts)) as (figure, axes):
-        for column, name in enumerate(names):
-            for row, n in enumerate(counts):
-                draw(axes[row, column], "" if row else name, name, n)
-        for row, n in enumerate(counts):
-            axes[row, 0].set_ylabel(f"{n} steps")
-    return figure
+    titles = _levels([sigma for _, _, sigma in frames])
+    return _sheet(titles, ("x", "$x_0$"), lambda axis, row, column: _show(axis, frames[column][row][0]))
 
 
 def side_by_side(names: Sequence[str] = SIDE_BY_SIDE, counts: Sequence[int] = COUNTS) -> "Figure":
     """Where samplers end on the ring after 4, 8, 16 and 32 steps."""
 
-    def draw(axis: Any, title: str, name: str, n: int) -> None:
-        _scatter(_plane(name, n, 1500)[-1].x, 2.6, colour(names.index(name)), axis, title)
+    def draw(axis: Any, row: int, column: int) -> None:
+        _scatter(axis, _plane(names[column], counts[row], 1500)[-1].x, 2.6, colour(column))
 
-    return _compared(draw, names, counts)
+    return _sheet(names, [f"{n} steps" for n in counts], draw)
 
 
 def pictures(
     paint: Callable[[str, int], Image], names: Sequence[str] = SIDE_BY_SIDE, counts: Sequence[int] = COUNTS
 ) -> "Figure":
     """One seed by each sampler at each number of steps: `paint(sampler, steps)` -> (1, 3, h, w)."""
-    return _compared(lambda axis, title, name, n: _show(paint(name, n)[0], axis, title), names, counts)
+
+    def draw(axis: Any, row: int, column: int) -> None:
+        _show(axis, paint(names[column], counts[row])[0])
+
+    return _sheet(names, [f"{n} steps" for n in counts], draw)
 
 
 def convergence(names: Sequence[str] = SPEED) -> "Figure":

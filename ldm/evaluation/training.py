@@ -4,6 +4,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -128,8 +129,8 @@ def fit(judge: Judge, features: Tensor, histograms: Tensor, names: Tensor, colou
         for parameter in judge.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=rng) * parameter[0].numel() ** -0.5)
         judge.names.weight.zero_()
-    heads = [{"params": judge.names.parameters()}, {"params": judge.colours.parameters(), "lr": 1e-2}]
-    optimiser = torch.optim.AdamW(heads, lr=2e-3, weight_decay=0.1)
+    colours_rate: dict[str, Any] = {"params": judge.colours.parameters(), "lr": 1e-2}
+    optimiser = torch.optim.AdamW([{"params": judge.names.parameters()}, colours_rate], lr=2e-3, weight_decay=0.1)
     rate = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, run.steps)
     judge.train()
     for _ in range(run.steps):
