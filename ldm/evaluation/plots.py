@@ -135,8 +135,9 @@ def trajectory(name: str = "dpmpp_2m", n: int = 8) -> "Figure":
 
 def painting(frames: Sequence[tuple[Image, Image, float]]) -> "Figure":
     """A picture as it comes about: (decoded x, decoded x0, sigma) of each step."""
+    shown = ([x for x, _, _ in frames], [x0 for _, x0, _ in frames])
     titles = _levels([sigma for _, _, sigma in frames])
-    return _sheet(titles, ("x", "$x_0$"), lambda axis, row, column: _show(axis, frames[column][row][0]))
+    return _sheet(titles, ("x", "$x_0$"), lambda axis, row, column: _show(axis, shown[row][column][0]))
 
 
 def side_by_side(names: Sequence[str] = SIDE_BY_SIDE, counts: Sequence[int] = COUNTS) -> "Figure":
