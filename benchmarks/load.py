@@ -1,7 +1,7 @@
 """Time and memory until the first step of a Stable Diffusion 1.5-size model in fp16, ours beside diffusers, on the CPU.
 
 python benchmarks/load.py                      # writes 2.1 GB of random weights, measures, removes them
-python benchmarks/load.py --folder sd15 --runs 5
+python benchmarks/load.py --folder sd15 --runs 5 --precision bf16
 
 Every measurement is a fresh process that loads the same files, encodes one prompt and takes one step on a latent of 8
 x 8: the work of a step is the same for both, so the time to it is that of loading. All files are in the page cache,
@@ -35,7 +35,7 @@ from ldm.text.open_clip import _torchvision_operators
 _torchvision_operators()
 from diffusers import StableDiffusionPipeline
 imported()
-pipe = StableDiffusionPipeline.from_pretrained(PATH, torch_dtype=torch.DTYPE)
+pipe = StableDiffusionPipeline.from_pretrained(PATH, DTYPE)
 pipe.set_progress_bar_config(disable=True)
 loaded()
 def stop(pipe, *_):
@@ -91,7 +91,8 @@ def write_model(folder: Path) -> None:
 
 def measure(code: str, path: Path, precision: str) -> dict[str, float]:
     """One fresh process."""
-    dtype = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}[precision]
+    names = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
+    dtype = f"torch_dtype=torch.{names[precision]}" if precision in names else ""
     words = {"CODE": code, "PATH": repr(str(path)), "ROOT": repr(str(ROOT)), "PRECISION": precision, "DTYPE": dtype}
     frame = FRAME
     for word, value in words.items():
@@ -107,14 +108,19 @@ def main() -> None:
     flags.add_argument("--folder", type=Path, help="a diffusers folder to load instead of a fresh one")
     flags.add_argument("--runs", type=int, default=3, help="processes of each (3); the median counts")
     flags.add_argument(
-        "--precision", choices=("fp16", "bf16", "fp32"), default="fp16", help="to run in (fp16, the files')"
+        "--precision",
+        nargs="+",
+        choices=("fp16", "bf16", "fp32", "auto"),
+        default=("fp16", "auto"),
+        help="to run in, one after the other (fp16, the files'; auto: what each chooses where nothing is said)",
     )
     args = flags.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = args.folder or Path(temporary) / "sd15"
         if args.folder is None:
             write_model(folder)
-        compare(folder, args.precision, args.runs)
+        for precision in args.precision:
+            compare(folder, precision, args.runs)
 
 
 def compare(folder: Path, precision: str, n: int) -> None:
@@ -127,7 +133,8 @@ def compare(folder: Path, precision: str, n: int) -> None:
             marks = measure(code, folder, precision)
             if turn:  # the first turn fills the page cache
                 runs[name].append(marks)
-    print(f"{size:.0f} MiB of weights, run in {precision}; medians of {n} processes")
+    own = "bf16 or fp32, as the processor has it, beside diffusers' fp32" if precision == "auto" else precision
+    print(f"{size:.0f} MiB of weights in fp16, run in {own}; medians of {n} processes")
     print("            import s   load s   step s   import to step s   MiB: import    load    step   step - import")
     found = {
         name: {key: statistics.median(run[key] for run in taken) for key in taken[0]} for name, taken in runs.items()

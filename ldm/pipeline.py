@@ -15,7 +15,7 @@ from torch import nn
 
 from ldm.canvas import Canvas
 from ldm.checkpoints import lora, native
-from ldm.checkpoints.files import open_safetensors
+from ldm.checkpoints.files import SafeFile
 from ldm.diffusion.editing import consistent, invert, windows
 from ldm.diffusion.guidance import Conditional, Denoise, interval
 from ldm.diffusion.noise import SeededNoise
@@ -271,8 +271,8 @@ class Pipeline:
     def embed(self, paths: Sequence[Path]) -> None:
         """Add textual inversions, by the names of their files. UserError for what is none, or of another family."""
         for path in paths:
-            with open_safetensors(path) as file:
-                tensors = {name: file.tensor(name) for name in file.entries}
+            file = SafeFile(path)
+            tensors = {name: file.tensor(name) for name in file.entries}
             self.reader.embeddings.append(inversion.from_tensors(path, tensors, self.conditioner))
             self._put_in("embedding", path)
 

@@ -12,10 +12,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ldm.errors import UserError
 
-FLOATS = {"F64": 64, "F32": 32, "F16": 16, "BF16": 16, "F8_E4M3": 8, "F8_E5M2": 8}
-BITS = FLOATS | {"I64": 64, "I32": 32, "I16": 16, "I8": 8, "U8": 8, "BOOL": 8}
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+FLOATS = {name for name, dtype in DTYPES.items() if dtype.is_floating_point}
 MAX_HEADER, MAX_NAME, MAX_RANK, MAX_SIDE = 2**24, 512, 8, 2**31
 
 
@@ -25,13 +40,19 @@ class Entry:
 
     dtype: str
     shape: tuple[int, ...]
+    start: int  # bytes from the file's beginning
     size: int  # bytes
+
+    @property
+    def stop(self) -> int:
+        return self.start + self.size
 
 
 @dataclass(frozen=True)
 class Header:
     """What a whole file announces."""
 
+    size: int  # bytes
     metadata: dict[str, str]
     entries: dict[str, Entry]
 
@@ -56,7 +77,7 @@ def read_header(path: Path) -> Header:
     except ValueError as error:
         raise UserError(f"{str(path)!r} is not a whole safetensors file: {error}") from None
     try:
-        return _check(_parse(raw), size - 8 - length)
+        return _check(_parse(raw), 8 + length, size)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{str(path)!r} is not a whole safetensors file: {error or 'nested too deep'}") from None
 
@@ -75,43 +96,41 @@ def _parse(raw: bytes) -> Any:
     return json.loads(raw.decode(), object_pairs_hook=once, parse_constant=lambda name: name)
 
 
-def _check(data: Any, room: int) -> Header:
+def _check(data: Any, first: int, size: int) -> Header:
+    """first: where the tensors begin."""
     metadata = data.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise ValueError("its metadata is not text")
-    entries: dict[str, Entry] = {}
-    spans: list[tuple[int, int]] = []
-    for name, about in data.items():
-        entries[name], span = _entry(name, about)
-        spans.append(span)
-    at = 0
-    for start, stop in sorted(spans):
-        if start != at:
-            raise ValueError(f"its tensors {'overlap' if start < at else 'leave a hole'} at byte {min(at, start)}")
-        at = stop
-    if at != room:
+    entries = {name: _entry(name, about, first) for name, about in data.items()}
+    at = first
+    for entry in sorted(entries.values(), key=lambda entry: (entry.start, entry.stop)):
+        if entry.start != at:
+            wrong = "overlap" if entry.start < at else "leave a hole"
+            raise ValueError(f"its tensors {wrong} at byte {min(at, entry.start) - first}")
+        at = entry.stop
+    if at != size:
         raise ValueError(
-            f"its tensors take {at} bytes, the file holds {room}: it was cut short or something was appended"
+            f"its tensors end at byte {at}, the file at {size}: it was cut short or something was appended"
         )
-    return Header(metadata, entries)
+    return Header(size, metadata, entries)
 
 
-def _entry(name: str, about: Any) -> tuple[Entry, tuple[int, int]]:
+def _entry(name: str, about: Any, first: int) -> Entry:
     if not name or len(name) > MAX_NAME or not name.isprintable() or ".." in name or name.startswith(("/", "\\")):
         raise ValueError(f"{_short(name)} is no name of a tensor")
     if not isinstance(about, dict) or about.keys() != {"dtype", "shape", "data_offsets"}:
         raise ValueError(f"{_short(name)} is not described by dtype, shape and data_offsets")
     dtype, shape, span = about["dtype"], about["shape"], about["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in BITS:
+    if not isinstance(dtype, str) or dtype not in DTYPES:
         raise ValueError(f"{_short(name)} is of the unknown type {_short(dtype)}")
     if not _whole(shape) or len(shape) > MAX_RANK or any(side > MAX_SIDE for side in shape):
         raise ValueError(f"{_short(name)} has the impossible shape {_short(shape)}")
     if not _whole(span) or len(span) != 2 or span[0] > span[1]:
         raise ValueError(f"{_short(name)} stands at the impossible place {_short(span)}")
     size = span[1] - span[0]
-    if size * 8 != math.prod(shape) * BITS[dtype]:
+    if size != math.prod(shape) * DTYPES[dtype].itemsize:
         raise ValueError(f"{_short(name)} of shape {_short(shape)} and type {dtype} cannot take {size} bytes")
-    return Entry(dtype, tuple(shape), size), (span[0], span[1])
+    return Entry(dtype, tuple(shape), first + span[0], size)
 
 
 def _whole(values: Any) -> bool:

@@ -1,4 +1,4 @@
-"""Other people's names for our tensors: templates, and numbering generated from the config.
+"""Other people's names for our tensors: rules that rename, and numbering computed from the config.
 
 A KeyMap is one to one. A foreign tensor may hold the same numbers in another form: stacked (query, key, value),
 transposed (a projection that multiplies from the other side), or as a 1 x 1 convolution where ours is a linear layer.
@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from ldm.errors import UserError
 
-Rules = list[tuple[str, str]]  # (ours, theirs): places by prefix, leaves by pattern
+# (pattern, replacement) as re.sub has them; the replacement computes what is numbered otherwise.
+Rules = list[tuple[str, str | Callable[[re.Match[str]], str]]]
 Shapes = Mapping[str, tuple[int, ...]]
 
 
@@ -97,24 +98,15 @@ def refuse(**faults: Iterable[str]) -> None:
         raise UserError(f"tensors do not fit: {'; '.join(said)}")
 
 
-def by_rules(module: nn.Module, places: Rules, leaves: Rules) -> dict[str, tuple[str, ...]]:
-    """Name each tensor of a module: its place by the longest prefix that fits, what follows by the leaf rules."""
-    known = dict(places)
-    names: dict[str, tuple[str, ...]] = {}
+def renamed(module: nn.Module, rules: Rules) -> KeyMap:
+    """The tensors of a module, each named by what every rule in turn makes of our name."""
+    names = {}
     for ours in module.state_dict():
-        place = ours
-        while place and place not in known:
-            place = place.rpartition(".")[0]
-        rest = ours[len(place) :]
-        for pattern, replacement in leaves:
-            rest = re.sub(pattern, replacement, rest)
-        names[ours] = (known.get(place, "") + rest,)
-    return names
-
-
-def linear(module: nn.Module, chosen: Callable[[str], bool]) -> frozenset[str]:
-    """The matrices of a module whose names are chosen."""
-    return frozenset(name for name, value in module.state_dict().items() if value.dim() == 2 and chosen(name))
+        theirs = ours
+        for pattern, replacement in rules:
+            theirs = re.sub(pattern, replacement, theirs)
+        names[ours] = (theirs,)
+    return KeyMap(names)
 
 
 def _matrix(shape: tuple[int, ...]) -> tuple[int, ...]:

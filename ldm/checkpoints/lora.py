@@ -18,7 +18,7 @@ from torch import Tensor
 from ldm.adapters import lora as adapters
 from ldm.adapters.lora import LowRank, Place
 from ldm.checkpoints import compvis, diffusers
-from ldm.checkpoints.files import SafeFile, brief, open_safetensors
+from ldm.checkpoints.files import SafeFile, brief
 from ldm.checkpoints.integrity import FLOATS
 from ldm.checkpoints.keymap import KeyMap, refuse
 from ldm.checkpoints.native import Model, finite
@@ -100,7 +100,8 @@ def read(path: Path) -> Lora:
         if not found:
             raise UserError(f"{str(path)!r} is a folder without {' or '.join(FILES)}")
         path = found[0]
-    with brief(), open_safetensors(path) as file:
+    with brief():
+        file = SafeFile(path)
         try:
             pairs, spare = _tensors(file)
             settings = _settings(file.metadata, path.with_name(PEFT) if path.name == FILES[1] else None)
@@ -156,7 +157,8 @@ def places(model: Model) -> dict[str, Place]:
     backbone, text = model.backbone, model.conditioner
     if backbone is None or text is None:
         raise UserError("this file holds an autoencoder alone: a LoRA needs a whole model")
-    maps = [("unet", "backbone.", names(backbone, backbone.config)) for names in (compvis.unet, diffusers.unet)]
+    unets = compvis.unet(backbone, backbone.config), diffusers.unet(backbone)
+    maps = [("unet", "backbone.", names) for names in unets]
     second = text.config.second
     # A single tower is asked for by either name: SDXL's refiner has the second alone.
     towers = [("text_encoder", "tower", text.config)]

@@ -26,7 +26,7 @@ def targets(model: Model) -> dict[str, Place]:
     backbone, text = model.backbone, model.conditioner
     if backbone is None or text is None:
         raise UserError("this file holds an autoencoder alone: a LoRA needs a whole model")
-    maps = [("unet.", "backbone.", diffusers.unet(backbone, backbone.config))]
+    maps = [("unet.", "backbone.", diffusers.unet(backbone))]
     maps.append(("text_encoder.", "text.tower.", diffusers.clip(text.tower, text.config)))
     if text.config.second is not None and text.second is not None:
         maps.append(("text_encoder_2.", "text.second.", diffusers.clip(text.second, text.config.second)))

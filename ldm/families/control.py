@@ -12,9 +12,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 from ldm.checkpoints import control as names
-from ldm.checkpoints.files import Tensors, brief, open_tensors
-from ldm.checkpoints.keymap import KeyMap, refuse
-from ldm.checkpoints.native import finite
+from ldm.checkpoints.files import SafeFile, Tensors, brief
+from ldm.checkpoints.keymap import KeyMap
+from ldm.checkpoints.native import check, pour
 from ldm.errors import UserError
 from ldm.families.folder import read_json, unet_from, unet_to
 from ldm.families.source import kind, weight_files
@@ -39,7 +39,8 @@ def load_control(
     """
     folder = path.is_dir()
     files = weight_files(path) if folder else [path]
-    with brief(), open_tensors([(file, "") for file in files]) as tensors:
+    with brief():
+        tensors = Tensors((SafeFile(file), "") for file in files)
         try:
             stated = read_json(path / "config.json") if folder else {}
             with torch.device("meta"):
@@ -53,12 +54,8 @@ def load_control(
 
 def fill(network: nn.Module, tensors: Tensors, keymap: KeyMap, device: torch.device | str, dtype: torch.dtype) -> None:
     """Give a network on the meta device its weights, strictly."""
-    state = network.state_dict()
-    keymap.compare(tensors.shapes(), {name: tuple(value.shape) for name, value in state.items()})
-    filled = {n: keymap.tensor(n, tensors, tuple(v.shape)).to(device, dtype) for n, v in state.items()}
-    refuse(**{"not finite": {name for name, value in filled.items() if not finite(value)}})
-    network.load_state_dict(filled, assign=True)
-    network.eval().requires_grad_(False)
+    check({name: tuple(value.shape) for name, value in network.state_dict().items()}, tensors, keymap)
+    pour(network, tensors, keymap, device, dtype)
 
 
 def _understand(

@@ -85,8 +85,8 @@ def diffusers_map(family: Family, model: Model, dialect: dict[str, Dialect]) -> 
     backbone, vae, text = _parts(model)
     legacy = dialect.get("vae", Dialect()).legacy_attention
     parts = [
-        diffusers.unet(backbone, backbone.config).under("backbone.", "unet/"),
-        diffusers.autoencoder(vae, vae.config, legacy=legacy).under("autoencoder.", "vae/"),
+        diffusers.unet(backbone).under("backbone.", "unet/"),
+        diffusers.autoencoder(vae, legacy=legacy).under("autoencoder.", "vae/"),
     ]
     for tower in family.towers:
         config = tower.config(text.config)

@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from ldm.checkpoints import lora, native, pickled
-from ldm.checkpoints.files import open_safetensors
+from ldm.checkpoints.files import SafeFile
 from ldm.checkpoints.integrity import Entry
 from ldm.checkpoints.keymap import refuse
 from ldm.errors import UserError
@@ -23,11 +23,11 @@ def describe(path: Path, *, values: bool = False) -> list[str]:
     if path.is_file() and pickled.is_pickled(path):
         raise UserError(f"{str(path)!r} holds pickles, which can run programs: python scripts/convert.py makes it safe")
     if path.is_file():
-        with open_safetensors(path) as file:
-            ours = file.metadata.get("format") == native.FORMAT
-            if not ours and singlefile.UNET + "input_blocks.0.0.weight" not in file.entries:
-                said = [f"{path.name}: {kind(file.entries)}", _tensors(file.entries.values())]
-                return said + (_lora(path) if kind(file.entries) == "a LoRA" else [])
+        file = SafeFile(path)
+        ours = file.metadata.get("format") == native.FORMAT
+        if not ours and singlefile.UNET + "input_blocks.0.0.weight" not in file.entries:
+            said = [f"{path.name}: {kind(file.entries)}", _tensors(file.entries.values())]
+            return said + (_lora(path) if kind(file.entries) == "a LoRA" else [])
     with open_model(path) as source:
         source.check()
         if values:

@@ -7,7 +7,7 @@ import torch
 
 from ldm.adapters.ip_adapter import IPAdapter
 from ldm.checkpoints import diffusers
-from ldm.checkpoints.files import brief, open_tensors
+from ldm.checkpoints.files import SafeFile, Tensors, brief
 from ldm.checkpoints.keymap import KeyMap
 from ldm.config import from_dict
 from ldm.errors import UserError
@@ -23,7 +23,8 @@ _FIXED = {"layer_norm_eps": 1e-5, "num_channels": 3, "attention_dropout": 0.0}
 def load_ip_adapter(path: Path, unet: UNet, device: torch.device | str = "cpu") -> IPAdapter:
     """An IP-Adapter for a UNet, in the UNet's dtype. UserError where the file holds none, or one for another family."""
     dtype = unet.conv_in.weight.dtype
-    with brief(), open_tensors([(path, "")]) as tensors:
+    with brief():
+        tensors = Tensors([(SafeFile(path), "")])
         shapes = tensors.shapes()
         try:
             if not any(name.startswith("ip_adapter.") for name in shapes):
@@ -56,7 +57,8 @@ def load_image_tower(
     path: Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = torch.float32
 ) -> ImageTower:
     """transformers' folder of a CLIPVisionModelWithProjection. UserError where it is none."""
-    with brief(), open_tensors([(file, "") for file in weight_files(path)]) as tensors:
+    with brief():
+        tensors = Tensors((SafeFile(file), "") for file in weight_files(path))
         try:
             config = _vision(read_json(path / "config.json"))
             with torch.device("meta"):

@@ -6,13 +6,13 @@ share one way of reading.
 
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ldm.checkpoints import native
-from ldm.checkpoints.files import SafeFile, Tensors, brief, open_safetensors
+from ldm.checkpoints.files import SafeFile, Tensors, brief
 from ldm.checkpoints.keymap import KeyMap
 from ldm.checkpoints.native import Model, ModelSpec
 from ldm.errors import UserError
@@ -55,7 +55,7 @@ class Source:
     def check(self) -> None:
         """UserError unless every tensor that the model needs is there, and no other, each of its shape."""
         try:
-            native.check(self.model, self.needed, self.keymap)
+            native.check(self.model.shapes(), self.needed, self.keymap)
         except UserError as error:
             raise UserError(f"{str(self.path)!r}: {error}") from None
 
@@ -63,11 +63,8 @@ class Source:
 @contextmanager
 def open_model(path: Path) -> Iterator[Source]:
     """Open one of our files, a single file of CompVis's layout, or a diffusers folder. UserError otherwise."""
-    with brief(), ExitStack() as stack:
-        if path.is_dir():
-            yield _folder(path, stack)
-        else:
-            yield _single(stack.enter_context(open_safetensors(path)))
+    with brief():
+        yield _folder(path) if path.is_dir() else _single(SafeFile(path))
 
 
 def _single(file: SafeFile) -> Source:
@@ -76,9 +73,7 @@ def _single(file: SafeFile) -> Source:
         tensors: Tensors = native.Packed([(file, "")])
         model = native.skeleton(spec, file.path)
         extras = frozenset(name for name in tensors if name.startswith(native.EXTRA))
-        return Source(
-            file.path, "ldm", spec, model, tensors, KeyMap({name: (name,) for name in model.shapes()}), extras
-        )
+        return Source(file.path, "ldm", spec, model, tensors, model.own_names(), extras)
     tensors = Tensors([(file, "")])
     shapes = tensors.shapes()
     family = singlefile.recognise(shapes)
@@ -100,14 +95,14 @@ def _single(file: SafeFile) -> Source:
     return Source(file.path, "compvis", spec, model, tensors, keymap, extras, guessed)
 
 
-def _folder(path: Path, stack: ExitStack) -> Source:
+def _folder(path: Path) -> Source:
     parts = folder_parts(path)
     configs = {part: read_json(path / part / name) for part, name in parts.items()}
     files = [(file, f"{part}/") for part in parts if part != "scheduler" for file in weight_files(path / part)]
-    opened = [(stack.enter_context(open_safetensors(file)), prefix) for file, prefix in files]
+    opened = [(SafeFile(file), prefix) for file, prefix in files]
     stated = None
     if (path / EXTRA).is_file():
-        extra = stack.enter_context(open_safetensors(path / EXTRA))
+        extra = SafeFile(path / EXTRA)
         opened.append((extra, ""))
         stated = extra.metadata.get("ldm.spec")
     tensors = Tensors(opened)

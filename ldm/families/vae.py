@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Mapping
-from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +9,8 @@ import torch
 from torch import nn
 
 from ldm.checkpoints import compvis, diffusers, native
-from ldm.checkpoints.files import Tensors, brief, open_safetensors, open_tensors
+from ldm.checkpoints.files import SafeFile, Tensors, brief
+from ldm.checkpoints.integrity import read_header
 from ldm.checkpoints.keymap import KeyMap
 from ldm.checkpoints.native import Model, ModelSpec
 from ldm.errors import UserError
@@ -32,9 +32,8 @@ def load_vae(
     path: any whole model; an autoencoder of ours, of CompVis's names, or in diffusers' folder; TAESD as a folder of its
     two halves or as either half, the other being looked for beside it under the same name.
     """
-    with brief(), ExitStack() as stack:
-        pairs = _files(path)
-        tensors = stack.enter_context(open_tensors(pairs))
+    with brief():
+        tensors = Tensors(_files(path))
         try:
             model, keymap, tensors = _understand(path, tensors, like or AutoencoderConfig())
             z = model.autoencoder.config.z_channels
@@ -45,24 +44,23 @@ def load_vae(
             raise UserError(f"{str(path)!r}: {error}") from None
 
 
-def _files(path: Path) -> list[tuple[Path, str]]:
+def _files(path: Path) -> list[tuple[SafeFile, str]]:
     """The files of an autoencoder, each with a prefix."""
     if path.is_dir():
         folder = path / "vae" if (path / INDEX).is_file() else path
         tiny = sorted(file for file in folder.glob("*.safetensors") if re.search(r"taesd.*_(en|de)coder", file.name))
         halves = {half: [file for file in tiny if f"_{half}." in file.name] for half in ("encoder", "decoder")}
         if halves["decoder"]:
-            return [(files[0], f"taesd.{half}.") for half, files in halves.items() if files]
-        return [(file, "") for file in weight_files(folder)]
-    with open_safetensors(path) as file:
-        if "1.weight" not in file.entries and "0.weight" not in file.entries:
-            return [(path, "")]
-        decodes = "19.weight" in file.entries
-    mine, other = ("decoder", "encoder") if decodes else ("encoder", "decoder")
+            return [(SafeFile(files[0]), f"taesd.{half}.") for half, files in halves.items() if files]
+        return [(SafeFile(file), "") for file in weight_files(folder)]
+    file = SafeFile(path)
+    if "1.weight" not in file.entries and "0.weight" not in file.entries:
+        return [(file, "")]
+    mine, other = ("decoder", "encoder") if "19.weight" in file.entries else ("encoder", "decoder")
     beside = path.with_name(path.name.replace(mine, other))
     if beside == path or not beside.is_file():
         raise UserError(f"{str(path)!r} is TAESD's {mine}: its {other} must stand beside it as {beside.name!r}")
-    return [(path, f"taesd.{mine}."), (beside, f"taesd.{other}.")]
+    return [(file, f"taesd.{mine}."), (SafeFile(beside), f"taesd.{other}.")]
 
 
 def _understand(path: Path, tensors: Tensors, like: AutoencoderConfig) -> tuple[Model, KeyMap, Tensors]:
@@ -79,14 +77,14 @@ def _understand(path: Path, tensors: Tensors, like: AutoencoderConfig) -> tuple[
         config = vae_from(read_json(folder / "config.json"))
         legacy = "encoder.mid_block.attentions.0.query.weight" in shapes
         model = _skeleton(config, path)
-        return model, diffusers.autoencoder(_vae(model), config, legacy=legacy).under("autoencoder.", ""), tensors
+        return model, diffusers.autoencoder(_vae(model), legacy=legacy).under("autoencoder.", ""), tensors
     metadata = _metadata(path)
     if metadata.get("format") == native.FORMAT:
         config = native.spec_of(metadata, path).autoencoder
         model = _skeleton(config, path)
         packed = native.Packed([])
         packed._places = {name: place for name, place in tensors._places.items() if name.startswith("autoencoder.")}
-        return model, KeyMap({name: (name,) for name in model.shapes()}), packed
+        return model, model.own_names(), packed
     prefix = VAE if any(name.startswith(VAE) for name in shapes) else ""
     if f"{prefix}encoder.conv_in.weight" not in shapes:
         raise UserError(f"this is {kind(shapes)}, not an autoencoder")
@@ -131,5 +129,4 @@ def _tiny(
 def _metadata(path: Path) -> dict[str, str]:
     if path.is_dir():
         return {}
-    with open_safetensors(path) as file:
-        return file.metadata
+    return read_header(path).metadata

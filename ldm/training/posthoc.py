@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from ldm.checkpoints.files import open_safetensors
+from ldm.checkpoints.files import SafeFile
 from ldm.errors import UserError
 
 Profile = tuple[float, float]  # (T, g)
@@ -59,14 +59,13 @@ def reconstruct(folder: Path, width: float, step: int = 0) -> tuple[dict[str, Te
     average: dict[str, Tensor] = {}
     for number, path in files.items():
         own = {str(i): share for (at, i, _), share in zip(kept, shares, strict=True) if at == number}
-        with open_safetensors(path) as file:
-            for entry in file.entries:
-                index, name = entry.split(".", 1)
-                part = own[index] * file.tensor(entry).float()
-                average[name] = average[name] + part if name in average else part
+        file = SafeFile(path)
+        for entry in file.entries:
+            index, name = entry.split(".", 1)
+            part = own[index] * file.tensor(entry).float()
+            average[name] = average[name] + part if name in average else part
     return average, last
 
 
 def _widths(path: Path) -> list[str]:
-    with open_safetensors(path) as file:
-        return file.metadata.get("widths", "").split()
+    return SafeFile(path).metadata.get("widths", "").split()

@@ -45,8 +45,8 @@ def both(family: str, backbone: UNet, vae: Autoencoder, text: Conditioner) -> tu
         compvis.autoencoder(vae, vae.config).under("vae.", "first_stage_model."),
     ]
     others = [
-        diffusers.unet(backbone, backbone.config).under("backbone.", "unet_"),
-        diffusers.autoencoder(vae, vae.config).under("vae.", "vae_"),
+        diffusers.unet(backbone).under("backbone.", "unet_"),
+        diffusers.autoencoder(vae).under("vae.", "vae_"),
     ]
     if family == "sdxl":
         theirs.append(diffusers.clip(first, text.config).under("first.", "conditioner.embedders.0.transformer."))
@@ -118,7 +118,7 @@ def test_there_and_back(layout: str) -> None:
     if layout == "compvis":
         maps = [compvis.unet(unet, unet.config), compvis.autoencoder(vae, config), compvis.open_clip(tower)]
     else:
-        maps = [diffusers.unet(unet, unet.config), diffusers.autoencoder(vae, config), diffusers.clip(tower, text)]
+        maps = [diffusers.unet(unet), diffusers.autoencoder(vae), diffusers.clip(tower, text)]
     modules: list[nn.Module] = [unet, vae, tower]
     for keymap, module in zip(maps, modules, strict=True):
         ours = module.state_dict()

@@ -104,7 +104,7 @@ def sgm(model: Model) -> Callable[[str], str]:
     """diffusers' names of a UNet in CompVis's words, as kohya's trainer of SDXL has them."""
     assert model.backbone is not None
     config = model.backbone.config
-    theirs, others = (maps.unet(model.backbone, config).names for maps in (diffusers, compvis))
+    theirs, others = diffusers.unet(model.backbone).names, compvis.unet(model.backbone, config).names
     known = {theirs[ours][0]: others[ours][0] for ours in theirs}
     return lambda place: known[f"{place}.weight"].removesuffix(".weight")
 

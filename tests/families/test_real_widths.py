@@ -70,7 +70,7 @@ def test_unet(family: str) -> None:
     config = UNETS[family]
     data = unet_to(config, 64, FAMILIES[family].text)
     theirs = filled(lambda: UNet2DConditionModel.from_config(data))
-    ours = share(lambda: UNet(config), lambda module: names.unet(module, config), theirs.state_dict())
+    ours = share(lambda: UNet(config), names.unet, theirs.state_dict())
     z, label, tokens = torch.randn(1, 4, 8, 8), torch.tensor([801.0]), torch.randn(1, 77, config.context_dim)
     vector, extra = None, None
     if config.vector_dim:
@@ -89,7 +89,7 @@ def test_autoencoder() -> None:
 
     config = AutoencoderConfig(std=(1 / 0.18215,))
     theirs = filled(lambda: AutoencoderKL.from_config(vae_to(config, 64, upcast=False)))
-    ours = share(lambda: Autoencoder(config), lambda module: names.autoencoder(module, config), theirs.state_dict())
+    ours = share(lambda: Autoencoder(config), names.autoencoder, theirs.state_dict())
     image, latent = torch.randn(1, 3, 64, 64), torch.randn(1, 4, 8, 8)
     with torch.no_grad():
         assert relative(ours.encode(image).mode, theirs.encode(image).latent_dist.mode() * 0.18215) < 1e-5

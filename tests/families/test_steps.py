@@ -63,7 +63,7 @@ class Pair:
         self.theirs.requires_grad_(False)
         with torch.device("meta"):
             self.ours = UNet(config)
-        state = names.unet(self.ours, config).load(self.theirs.state_dict(), self.ours.state_dict())
+        state = names.unet(self.ours).load(self.theirs.state_dict(), self.ours.state_dict())
         self.ours.load_state_dict(state, assign=True)
         self.ours.requires_grad_(False)
         rng = torch.Generator().manual_seed(1)
@@ -109,7 +109,7 @@ def test_full_fine_tuning(size: str, randomised: Callable[..., None]) -> None:
     pair = Pair(size, randomised)
     picked = ("conv_in.weight", "mid.res1.conv1.weight", "up.0.blocks.0.res.norm1.weight")
     theirs = dict(pair.theirs.named_parameters())
-    keymap = names.unet(pair.ours, pair.config)
+    keymap = names.unet(pair.ours)
     foreign = [theirs[keymap.names[name][0]].requires_grad_(True) for name in picked]
     expected = pair.reference()
     grads = torch.autograd.grad(expected, foreign)

@@ -55,7 +55,7 @@ class Pair:
         self.theirs = UNet2DConditionModel(**shared(config), up_block_types=up).eval()
         randomise(self.theirs, 0)
         self.ours = UNet(config).eval()
-        keymap = unet_names.unet(self.ours, config)
+        keymap = unet_names.unet(self.ours)
         self.ours.load_state_dict(keymap.load(self.theirs.state_dict(), self.ours.state_dict()))
         rng = torch.Generator().manual_seed(1)
         self.z, tokens = torch.randn(2, 4, 8, 8, generator=rng), torch.randn(2, 5, 24, generator=rng)

@@ -79,7 +79,7 @@ def test_unet_equals_diffusers(family: str, dtype: torch.dtype) -> None:
         projection_class_embeddings_input_dim=config.vector_dim or None,
     )
     ours = UNet(config)
-    share(ours, theirs, names.unet(ours, config), dtype)
+    share(ours, theirs, names.unet(ours), dtype)
 
     z, label = torch.randn(2, config.in_channels, 16, 16, dtype=dtype), torch.tensor([3.0, 801.0], dtype=dtype)
     tokens, vector, extra = torch.randn(2, 7, config.context_dim, dtype=dtype), None, None
@@ -107,7 +107,7 @@ def test_autoencoder_equals_diffusers(dtype: torch.dtype) -> None:
         norm_num_groups=config.groups,
     )
     ours = Autoencoder(config)
-    share(ours, theirs, names.autoencoder(ours, config), dtype)
+    share(ours, theirs, names.autoencoder(ours), dtype)
     image, noise = torch.randn(2, 3, 32, 48, dtype=dtype), torch.randn(2, 4, 8, 12, dtype=dtype)
     with torch.no_grad():
         moments = theirs.encode(image).latent_dist
@@ -151,7 +151,7 @@ def test_text_tower_equals_transformers(quickgelu: bool, layer: int, dtype: torc
 
 def test_keymap_is_one_to_one_and_back() -> None:
     ours = UNet(UNETS["sd1"])
-    keymap = names.unet(ours, UNETS["sd1"])
+    keymap = names.unet(ours)
     there = keymap.save(ours.state_dict())
     assert len(there) == len(ours.state_dict())
     back = keymap.load(there, ours.state_dict())
