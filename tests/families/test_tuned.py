@@ -218,6 +218,16 @@ def test_a_learnt_word_moves_alone_and_reads_alike_here_and_in_diffusers(
     assert relative(ours, theirs) < 1e-5
 
 
+def test_a_cache_of_a_word_with_other_vectors_is_refused(
+    settings: Callable[..., InversionRun], named: str, tmp_path: Path
+) -> None:
+    words = ["--data.shards", named, "--cache", str(tmp_path / "latents"), "--inversion.vectors"]
+    for _ in range(2):
+        InversionTask(settings(InversionRun, *words, "2")).to(torch.device("cpu"))
+    with pytest.raises(UserError, match="<mine> of 2', not '.*<mine> of 1'"):
+        InversionTask(settings(InversionRun, *words, "1")).to(torch.device("cpu"))
+
+
 def test_a_word_that_no_caption_holds_is_refused(settings: Callable[..., InversionRun], named: str) -> None:
     with pytest.raises(UserError, match="no caption holds inversion.token '<mine>'"):
         InversionTask(settings(InversionRun))
@@ -377,5 +387,5 @@ def test_the_points_of_a_path_are_learnt_as_steps_of_the_teacher_would_be(
 def test_paths_need_a_folder(along_paths: Callable[..., DistilRun]) -> None:
     with pytest.raises(UserError, match="distil.paths 5 needs a folder"):
         DistilTask(along_paths("reflow", "--cache", ""))
-    with pytest.raises(UserError, match="stride is 0: needs 1 or more"):
+    with pytest.raises(UserError, match="stride is 0: give at least 1"):
         along_paths("progressive", "--distil.stride", "0")

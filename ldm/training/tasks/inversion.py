@@ -1,6 +1,7 @@
 """Textual inversion (Gal et al. 2022, arXiv:2208.01618): vectors for a new word are learnt, and nothing else moves."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ldm.conditioning import Conditioning
+from ldm.data.cache import Encoders
 from ldm.errors import UserError
 from ldm.files import replacing
 from ldm.shapes import TokenIds
@@ -73,6 +75,11 @@ class InversionTask(DenoisingTask):
             numbers = [end - 1, *[piece.id for piece in found][: length - 2], end]
             row[: len(numbers)] = torch.tensor(numbers)
         return ids
+
+    def encoders(self, *, text: bool, crops: int) -> Encoders:
+        """A cache holds the ids of the word's vectors: one with others is refused."""
+        made, word = super().encoders(text=text, crops=crops), f"{self.token} of {self.config.inversion.vectors}"  # type: ignore[attr-defined]
+        return replace(made, model=f"{made.model}, {word}")
 
     def encode_text(self, ids: TokenIds, sizes: Tensor | None = None) -> Conditioning:
         embeddings = [self.word.embedding(self.token)]
