@@ -32,7 +32,8 @@ def guided(denoiser: Conditional, cond: Conditioning, uncond: Conditioning, comb
     def denoise(x: Tensor, sigma: Tensor) -> Tensor:
         one = level(sigma)
         twice = torch.cat([sigma, sigma]) if one is None else uniform(one, 2 * len(x), sigma.dtype, sigma.device)
-        free, bound = denoiser(torch.cat([x, x]), twice, both).chunk(2)
+        pair = x.expand(2, *x.shape[1:]) if len(x) == 1 else torch.cat([x, x])  # of one picture no copy
+        free, bound = denoiser(pair, twice, both).chunk(2)
         return combine(bound, free, first(sigma))
 
     return denoise
