@@ -12,22 +12,12 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from ldm.diffusion.samplers.common import (
-    Grid,
-    Model,
-    NoiseFn,
-    State,
-    Step,
-    ancestral,
-    check_range,
-    follow,
-    renoise,
-)
+from ldm.diffusion.samplers.common import Grid, Model, NoiseFn, State, Step, ancestral, check_range, follow, renoise
 from ldm.diffusion.samplers.multistep import ipndm
 from ldm.diffusion.schedules import BLIND
 
 
-def _two_stages(model: Model, x: State, s: float, t: float, middle: float, unit: float) -> Step:
+def _corrected(model: Model, x: State, s: float, t: float, middle: float, unit: float) -> Step:
     """A first-order step, corrected by how x0 changes to the level `middle`, times (s - t) / unit.
 
     Heun's method: middle t, unit 2 t (the trapezoidal rule on dx/dsigma = (x - x0) / sigma). DPM-Solver-2: unit middle,
@@ -62,7 +52,7 @@ def heun(
         if share > 0 and s_range[0] <= s <= s_range[1]:
             x = renoise(x, noise, s_noise * s * math.sqrt((1 + share) ** 2 - 1))
             s *= 1 + share
-        yield (step := _two_stages(model, x, s, t, t, 2 * t))
+        yield (step := _corrected(model, x, s, t, t, 2 * t))
         x = step.x
 
 
@@ -90,14 +80,14 @@ def restart(
         for number, levels in enumerate([[s, t], *[[*again, t]] * back]):
             x = renoise(x, noise, math.sqrt(high * high - t * t)) if number else x
             for upper, lower in pairwise(levels):
-                yield (step := _two_stages(model, x, upper, lower, lower, 2 * lower))
+                yield (step := _corrected(model, x, upper, lower, lower, 2 * lower))
                 x = step.x
 
 
 def two_stages(
     model: Model, x: State, grid: Grid, noise: NoiseFn, *, unit: Callable[[float, float], float], eta: float = 1.0
 ) -> Iterator[Step]:
-    """DPM-Solver-2 as Karras et al. 2022 use it, or DPM-Solver++(2S) with r = 1/2: see `_two_stages` for unit(s, half).
+    """DPM-Solver-2 as Karras et al. 2022 use it, or DPM-Solver++(2S) with r = 1/2: see `_corrected` for unit(s, half).
 
     Down to the level that leaves room for fresh noise; eta 0 is the ODE.
     """
@@ -105,7 +95,7 @@ def two_stages(
     for s, t in pairwise(grid):
         down, up = ancestral(s, t, eta)
         half = math.sqrt(s * down)
-        moved, x0, _ = _two_stages(model, x, s, down, half, unit(s, half))
+        moved, x0, _ = _corrected(model, x, s, down, half, unit(s, half))
         x = renoise(moved, noise, up)
         yield Step(x, x0, t)
 
