@@ -5,7 +5,6 @@ import os
 import shutil
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary, ref
 
@@ -15,8 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.errors import UserError
-from ldm.models.attention import FeedForward, TransformerBlock, use_attention
+from ldm.models.attention import Attention, FeedForward, TransformerBlock, use_attention
 from ldm.models.layers import Features, Upsample
+from ldm.models.processor import native_bf16, slow_blas
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # glibc's malloc.h
 WORTH_PACKING = 2**14  # weights
@@ -37,13 +37,6 @@ def keep_memory() -> bool:
     except (OSError, AttributeError):  # another C library
         return False
     return bool(mallopt(M_MMAP_MAX, 0) and mallopt(M_TRIM_THRESHOLD, 2**31 - 1))
-
-
-def native_bf16(device: torch.device) -> bool:
-    """Whether a device computes in bf16 faster than in fp32."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
 def _by_hand(x: Tensor, weight: Tensor, *dtypes: torch.dtype) -> bool:
@@ -125,15 +118,6 @@ def _phases(weight: Tensor) -> list[Tensor]:
     return [kernel.to(weight.dtype).contiguous(memory_format=torch.channels_last) for kernel in kernels]
 
 
-def slow_blas() -> bool:
-    """Whether torch multiplies fp32 matrices by MKL on a processor that is not Intel's."""
-    try:
-        vendor = Path("/proc/cpuinfo").read_text(errors="replace")
-    except OSError:
-        return False
-    return torch.backends.mkl.is_available() and "AuthenticAMD" in vendor
-
-
 def prepare(network: nn.Module, attention: str = "auto", compiled: bool = False) -> None:
     """Lay a network out for inference: convolutions channels-last, linear layers packed or fused where that pays.
 
@@ -164,5 +148,7 @@ def _compile(network: nn.Module) -> None:
     einops._torch_specific.allow_ops_in_compiled_graph()  # see ldm.models
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, COMPILED_FORMS)
     for module in network.modules():
+        if on_cpu and isinstance(module, Attention):
+            module.attend = torch.compiler.disable(module.attend)  # its tiles are oneDNN's own
         if isinstance(module, TransformerBlock):
             module.compile(dynamic=False)

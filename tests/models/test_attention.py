@@ -33,21 +33,31 @@ def test_short_sequences_do_without_the_fused_kernel(monkeypatch: pytest.MonkeyP
         attention.attend(long, long, long)
 
 
-def test_long_sequences_in_bf16_go_by_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As near to fp32 as bf16 allows, whole tiles or not; with a mask or gradients torch's kernel does it."""
+@pytest.fixture
+def tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        pytest.skip("this processor has no kernels for bf16")
+    monkeypatch.setattr(attention, "_tiles_pay", lambda dtype: dtype != torch.float64)
+
+
+@pytest.mark.usefixtures("tiles")
+@pytest.mark.parametrize(("dtype", "error"), [(torch.bfloat16, 0.02), (torch.float32, 2e-6)])
+def test_long_sequences_go_by_tiles(dtype: torch.dtype, error: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As near to exact as the numbers allow, whole tiles or not; with a mask or gradients torch's kernel does it."""
     rng = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(2, 3, length, 16, generator=rng) for length in (1300, 700, 700))
-    wanted, kernel, calls = F.scaled_dot_product_attention(q, k, v), attention.fused, []
+    wanted, kernel, calls = F.scaled_dot_product_attention(*(y.double() for y in (q, k, v))), attention.fused, []
     monkeypatch.setattr(attention, "fused", lambda *given: calls.append(1) or kernel(*given))
-    q, k, v = (y.bfloat16() for y in (q, k, v))
+    q, k, v = (y.to(dtype) for y in (q, k, v))
     got = attention.attend(q, k, v)
-    assert not calls and got.dtype == torch.bfloat16
-    assert (got - wanted).norm() < 0.02 * wanted.norm()
+    assert not calls and got.dtype == dtype
+    assert (got - wanted).norm() < error * wanted.norm()
     attention.attend(q, k, v, torch.ones(2, 1, 1, 700, dtype=torch.bool))
     attention.attend(q.requires_grad_(), k, v)
     assert len(calls) == 2
 
 
+@pytest.mark.usefixtures("tiles")
 @pytest.mark.parametrize("score", [160.0, -160.0])
 def test_tiles_hold_scores_that_powers_cannot(score: float) -> None:
     """All keys alike, so that the answer is the values' mean; as powers their weights overflow or vanish."""
