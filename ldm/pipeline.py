@@ -26,7 +26,8 @@ from ldm.families.source import INDEX
 from ldm.files import digest, digest_beside
 from ldm.jobs import ALONE, Batch, settings
 from ldm.limits import Limits
-from ldm.models.speed import native_bf16, prepare
+from ldm.models.processor import native_bf16
+from ldm.models.speed import prepare
 from ldm.recipe import Made, Recipe, Request, versions
 from ldm.restore import Damage
 from ldm.restore import parse as parse_damage
