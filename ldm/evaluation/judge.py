@@ -98,17 +98,15 @@ class Judge(nn.Module):
                 judge = cls(config.from_dict(JudgeSpec, json.loads(about)))
                 judge.load_state_dict({name: file.get_tensor(name) for name in file.offset_keys()})
         except (OSError, SafetensorError, ValueError, RuntimeError) as error:
-            raise UserError(
-                f"cannot read a judge from {str(path)!r} (scripts/train_judge.py makes one): {error}"
-            ) from None
+            hint = "scripts/train_judge.py makes one"
+            raise UserError(f"cannot read a judge from {str(path)!r} ({hint}): {error}") from None
         return judge.eval().requires_grad_(False)
 
 
 def histogram(pixels: Pixels) -> Float[Tensor, "b 216"]:
     """Shares of 6 x 6 x 6 colours in what is not white ground, as roots, so that small shares count."""
-    bins = (pixels.long() * _BINS // 256 * torch.tensor([_BINS**2, _BINS, 1], device=pixels.device)[:, None, None]).sum(
-        1
-    )
+    place = torch.tensor([_BINS**2, _BINS, 1], device=pixels.device).view(3, 1, 1)
+    bins = (pixels.long() * _BINS // 256 * place).sum(1)
     seen = (pixels.amin(1) < 245).float().flatten(1)
     counts = torch.zeros(len(pixels), _BINS**3, device=pixels.device).scatter_add_(1, bins.flatten(1), seen)
     return (counts / counts.sum(1, keepdim=True).clamp(min=1)).sqrt()

@@ -27,6 +27,8 @@ from ldm.pipeline import Pipeline, choose, find
 from ldm.pipeline import load as load_painter
 from ldm.recipe import Request
 
+Look = Callable[[Pixels, range], dict[str, Tensor]]  # what it sees in pictures, and their numbers
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -62,9 +64,8 @@ class Plan:
     def __post_init__(self) -> None:
         for name in self.metrics:
             if name not in METRICS:
-                raise UserError(
-                    f"unknown metric {name!r}{nearest(name, list(METRICS))}: choose of {', '.join(METRICS)}"
-                )
+                hint = nearest(name, list(METRICS))
+                raise UserError(f"unknown metric {name!r}{hint}: choose of {', '.join(METRICS)}")
         if bool(self.model) == bool(self.images):
             raise UserError("give either a model that paints or --images, a folder of ready pictures")
         for name in self.metrics:
@@ -138,9 +139,7 @@ class Suite:
             raise UserError(f"{path!r} must hold groups of prompts, such as `seen: [a red apple]`")
         return {str(name): [str(prompt) for prompt in group] for name, group in groups.items()}
 
-    def seen(
-        self, pictures: Pictures, look: Callable[[Pixels, range], dict[str, Tensor]], *by: Any
-    ) -> dict[str, Tensor]:
+    def seen(self, pictures: Pictures, look: Look, *by: Any) -> dict[str, Tensor]:
         """What `look` sees in the pictures of each chunk, kept under a name of the pictures and of what it looks by."""
 
         @torch.no_grad()
