@@ -8,18 +8,22 @@ does all this beside the training, which waits for no more than a copy of the te
 import json
 import shutil
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent import futures
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from ldm.errors import UserError
 from ldm.files import flush, sha256
+from ldm.training.ema import Ema
+from ldm.training.learner import Learner
+from ldm.training.sharding import split_as
 
 TENSORS, STATE, MANIFEST = "state.safetensors", "state.json", "manifest.json"
 Saved = tuple[dict[str, Tensor], dict[str, Any]]
@@ -140,3 +144,30 @@ def _fault(path: Path) -> str | None:
     except (OSError, ValueError, KeyError, TypeError) as error:
         return f"{type(error).__name__}: {error}"
     return None
+
+
+def snapshot(networks: Mapping[str, nn.Module], ema: Ema, learners: Mapping[str, Learner]) -> dict[str, Tensor]:
+    """Name -> tensor; the tensors are the live ones, not copies."""
+    tensors = {f"networks.{name}.{key}": v for name, net in networks.items() for key, v in net.state_dict().items()}
+    tensors |= {f"ema.{name}": value for name, value in ema.tensors().items()}
+    for name, learner in learners.items():
+        tensors |= {f"learners.{name}.{key}": value for key, value in learner.state().items()}
+    return tensors
+
+
+@torch.no_grad()
+def restore(
+    tensors: Mapping[str, Tensor], networks: Mapping[str, nn.Module], ema: Ema, learners: Mapping[str, Learner]
+) -> None:
+    """Undo `snapshot`: fill the live tensors, strictly. UserError naming what is missing or left over."""
+    for name, learner in learners.items():
+        prefix = f"learners.{name}."
+        learner.fill({key.removeprefix(prefix): v for key, v in tensors.items() if key.startswith(prefix)})
+    live = snapshot(networks, ema, learners)
+    if live.keys() != tensors.keys():
+        differing = ", ".join(sorted(live.keys() ^ tensors.keys())[:4])
+        raise UserError(
+            f"the checkpoint does not fit the networks of this program: {differing}. Take another --run folder"
+        )
+    for name, value in tensors.items():
+        live[name].copy_(split_as(live[name], value))

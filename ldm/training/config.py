@@ -2,7 +2,7 @@
 """What a training run is told: frozen dataclasses, each field an option of the scripts (`--optim.lr 1e-4`)."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from ldm.checkpoints.native import SamplingDefaults
 from ldm.data.dataset import DataConfig
@@ -11,6 +11,13 @@ from ldm.models.autoencoder import AutoencoderConfig
 from ldm.models.discriminator import DiscriminatorConfig
 from ldm.models.unet import UNetConfig
 from ldm.text.tower import TextConfig
+
+
+def at_least(config: Any, **bounds: float) -> None:
+    """ValueError for a field that is less than its bound."""
+    for name, least in bounds.items():
+        if getattr(config, name) < least:
+            raise ValueError(f"{name} is {getattr(config, name)}: give at least {least}")
 
 
 @dataclass(frozen=True)
@@ -32,8 +39,7 @@ class OptimConfig:
     accumulate: int = 1
 
     def __post_init__(self) -> None:
-        if self.accumulate < 1:
-            raise ValueError(f"accumulate is {self.accumulate}: give at least 1")
+        at_least(self, accumulate=1)
 
 
 @dataclass(frozen=True)
@@ -89,9 +95,7 @@ class RunConfig:
     ema: EmaConfig = EmaConfig()
 
     def __post_init__(self) -> None:
-        for name, least in (("steps", 1), ("batch_size", 1), ("log_every", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} is {getattr(self, name)}: give at least {least}")
+        at_least(self, steps=1, batch_size=1, log_every=0)
 
 
 @dataclass(frozen=True)
@@ -170,9 +174,9 @@ class DenoisingLoss:
     caption_dropout: float = 0.1
 
     def __post_init__(self) -> None:
-        for name in ("vlb", "offset", "pyramid", "perturbation", "pairing", "caption_dropout"):
-            if getattr(self, name) < 0 or (name == "caption_dropout" and self.caption_dropout > 1):
-                raise ValueError(f"{name} is {getattr(self, name)}: needs 0 or more, and a share at most 1")
+        at_least(self, vlb=0, offset=0, pyramid=0, perturbation=0, pairing=0, caption_dropout=0)
+        if self.caption_dropout > 1:
+            raise ValueError(f"caption_dropout is {self.caption_dropout}: needs a share, at most 1")
 
 
 @dataclass(frozen=True)
@@ -228,8 +232,7 @@ class LoraConfig:
     half: bool = False
 
     def __post_init__(self) -> None:
-        if self.rank < 1 or self.alpha < 0:
-            raise ValueError(f"rank {self.rank} needs 1 or more, alpha {self.alpha} 0 or more")
+        at_least(self, rank=1, alpha=0)
 
 
 @dataclass(frozen=True)
@@ -260,8 +263,9 @@ class InversionConfig:
     start: str = "object"
 
     def __post_init__(self) -> None:
-        if self.vectors < 1 or not self.token.strip():
-            raise ValueError(f"vectors {self.vectors} needs 1 or more, token {self.token!r} a word")
+        at_least(self, vectors=1)
+        if not self.token.strip():
+            raise ValueError(f"token is {self.token!r}: give a word")
 
 
 @dataclass(frozen=True)
@@ -287,9 +291,7 @@ class DistilConfig:
     paths: int = 0
 
     def __post_init__(self) -> None:
-        for name, least in (("steps", 1), ("stride", 1), ("paths", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} is {getattr(self, name)}: needs {least} or more")
+        at_least(self, steps=1, stride=1, paths=0)
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from ldm.data.dataset import Dataset, loader
 from ldm.errors import UserError
 from ldm.shapes import Image
 from ldm.training import checkpoint
-from ldm.training.checkpoint import Writer
+from ldm.training.checkpoint import Writer, restore, snapshot
 from ldm.training.config import LdmRun, VaeRun
 from ldm.training.ema import Ema
 from ldm.training.folder import RunFolder, check_same
@@ -30,7 +30,6 @@ from ldm.training.processes import Processes
 from ldm.training.progress import Bar, facts
 from ldm.training.sharding import copied, gathered
 from ldm.training.signals import interrupts
-from ldm.training.state import restore, snapshot
 
 
 @runtime_checkable

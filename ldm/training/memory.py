@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ldm.errors import UserError
 from ldm.training.config import LdmRun, VaeRun
-from ldm.training.processes import precision
+from ldm.training.processes import launched, precision
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ def announce(task: Any, config: VaeRun | LdmRun) -> None:
     if os.environ.get("RANK", "0") != "0":
         return
     try:
-        line = str(predict(task, config, int(os.environ.get("WORLD_SIZE", "1"))))
+        line = str(predict(task, config, launched()))
     except UserError:
         raise
     except Exception as error:  # an operator that has no rule for shapes keeps nobody from training

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs
+from accelerate.utils import InitProcessGroupKwargs, get_int_from_env
 
 from ldm.errors import UserError
 from ldm.training.config import OptimConfig, RunConfig
@@ -30,7 +30,7 @@ class Processes:
                     f"the launcher asks for {name}: take configs/accelerate/eight_gpus.yaml, and run.shard true to "
                     "split weights among the processes (FSDP)"
                 )
-        for fault in faults(run, optim, int(os.environ.get("WORLD_SIZE", "1"))):
+        for fault in faults(run, optim, launched()):
             raise UserError(fault)
         self.accelerator = Accelerator(
             mixed_precision=precision(run),
@@ -78,6 +78,11 @@ class Processes:
                 f"process {self.rank} of {self.count} stops, since another one is gone or hangs (its own message says "
                 f"why): {first}. The same command goes on from the last checkpoint"
             ) from None
+
+
+def launched() -> int:
+    """How many processes a launcher started."""
+    return get_int_from_env(["WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"], 1)
 
 
 def faults(run: RunConfig, optim: OptimConfig, count: int) -> Iterator[str]:

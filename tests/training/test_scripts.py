@@ -14,6 +14,7 @@ import pytest
 
 from ldm import config
 from ldm.checkpoints import native
+from ldm.models import speed
 from ldm.training.config import LdmRun, VaeRun
 
 ROOT = Path(__file__).parents[2]
@@ -63,8 +64,11 @@ def test_the_run_folder_and_the_config_are_asked_for(here, tmp_path: Path):
     assert code == 2 and "cannot read config" in error
 
 
-def test_help_lists_the_fields(here):
+def test_help_lists_the_fields(here, monkeypatch: pytest.MonkeyPatch):
+    kept: list[bool] = []
+    monkeypatch.setattr(speed, "keep_memory", lambda: kept.append(True))
     code, text, _ = here("train_ldm.py", "--help")
+    assert kept, "a training script keeps the memory that it frees"
     assert code == 0 and "--optim.lr 0.0001" in text and "--run.steps (needed)" in text
 
 

@@ -250,6 +250,8 @@ def _serve() -> None:
             finally:
                 sys.stderr.flush()
                 os._exit(code)
+        else:
+            codes.pop(answer, None)  # of an earlier process with this number
         sys.stdout.write(json.dumps(answer) + "\n")
         sys.stdout.flush()
 

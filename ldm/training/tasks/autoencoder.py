@@ -19,14 +19,13 @@ from ldm.evaluation.inception import Inception
 from ldm.evaluation.reconstruction import reconstruction_report
 from ldm.families.vae import load_vae
 from ldm.models.autoencoder import Autoencoder, AutoencoderConfig, Gaussian, normalised
-from ldm.models.discriminator import PatchDiscriminator, hinge_d, hinge_g, r1
+from ldm.models.discriminator import PatchDiscriminator, adaptive_weight, hinge_d, hinge_g, r1
 from ldm.models.perceptual import LPIPS
 from ldm.shapes import Image
 from ldm.training import keyed
-from ldm.training.balance import Balance
 from ldm.training.config import VaeRun
 from ldm.training.heldback import HeldBack
-from ldm.training.learner import Batch, Losses, Objective
+from ldm.training.learner import Batch, Losses, Objective, summed
 from ldm.training.optim import check_patterns, freeze
 from ldm.training.recompute import recompute
 
@@ -224,6 +223,35 @@ class AutoencoderTask:
     def _held_back(self) -> Iterator[Image]:
         for start in range(0, len(self.held_back), self.config.run.batch_size):
             yield self.held_back.images(start, start + self.config.run.batch_size)
+
+
+class Balance(nn.Module):
+    """VQGAN's adaptive weight of the step before: the same in all parts of a batch and on all processes.
+
+    Buffers, so that checkpoints hold it. In the first step the weight is 0.
+    """
+
+    weight: Tensor
+    pending: Tensor  # sums over the parts and processes of the step in hand, of both gradients
+
+    def __init__(self, last_layer: Tensor) -> None:
+        super().__init__()
+        self.step = -1
+        self.register_buffer("weight", torch.zeros(()))
+        self.register_buffer("pending", torch.zeros(2, *last_layer.shape))
+
+    def at(self, step: int) -> Tensor:
+        """The weight of a step, a scalar without gradient."""
+        if step != self.step:
+            self.step = step
+            self.weight.copy_(adaptive_weight(*self.pending))
+            self.pending.zero_()
+        return self.weight
+
+    def see(self, rec: Tensor, gan: Tensor) -> None:
+        """Note the gradients of both losses at the last layer; those that are not finite do not count."""
+        both = torch.stack([rec, gan]).detach().float()
+        self.pending += summed(torch.where(both.isfinite().all(), both, 0.0))
 
 
 def _likeness(posterior: Gaussian, taught: Gaussian, terms: Losses) -> Tensor:
