@@ -1,11 +1,14 @@
-"""The configs of fine-tuning: each is read, and fits the embedded model."""
+"""The configs of fine-tuning: each is read, and fits the embedded model; and what came of one of them is packaged."""
 
 from pathlib import Path
 
 import pytest
+import torch
 
-from ldm import config
+from ldm import config, pipeline
+from ldm.checkpoints import lora
 from ldm.errors import UserError
+from ldm.request import Request
 from ldm.training.config import ControlRun, DistilRun, InversionRun, LoraRun
 from ldm.training.tasks.controlnet import ControlTask
 from ldm.training.tasks.distil import DistilTask
@@ -35,3 +38,15 @@ def test_every_config_fits_the_embedded_model(name: str) -> None:
 
 def test_every_config_is_tested() -> None:
     assert {path.stem for path in (ROOT / "configs/tune").glob("*.yaml")} == set(KINDS)
+
+
+def test_the_packaged_adapters_paint_in_4_steps_what_the_model_paints_in_25() -> None:
+    file = pipeline.ASSETS / "lora/four-steps.safetensors"
+    assert file.stat().st_size < 2_000_000
+    painter = pipeline.load("embedded", "cpu", "fp32")
+    few = Request("a red apple", seed=23, steps=4, sampler="ddim", cfg_scale=1.0)
+    wanted, without = painter.txt2img(Request("a red apple", seed=23)), painter.txt2img(few)
+    assert not lora.inject(painter.model, lora.read(file)).unmatched
+    near, far = ((image - wanted).square().mean() for image in (painter.txt2img(few), without))
+    assert near < far / 2
+    assert torch.isfinite(near)
