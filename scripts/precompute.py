@@ -1,10 +1,10 @@
 """Encode the pictures of a training run once, and its captions too with --text; run again, it goes on where it stopped.
 
-python scripts/precompute.py configs/tiny/ldm.yaml --data.shards 'data/{00000..00003}.tar' --cache latents/tiny
-python -m torch.distributed.run --nproc_per_node 2 -- scripts/precompute.py configs/tiny/ldm.yaml ...
+python scripts/precompute.py configs/tiny/ldm.yaml --data.shards 'data/{00000..00003}.tar'
+accelerate launch --num_processes 2 --cpu scripts/precompute.py configs/tiny/ldm.yaml --data.shards ...
 
-The config and the overrides are those of scripts/train_ldm.py, whose `cache` is the folder. `accelerate launch` serves
-as well where torchvision fits torch.
+The config and the overrides are those of scripts/train_ldm.py, which reads them with --cache beside: they are kept
+beside the shards. Of shards elsewhere, and in folders that are not to be written to, --cache DIR keeps them in DIR.
 """
 
 import dataclasses
@@ -17,8 +17,8 @@ import torch
 from accelerate import PartialState
 
 from ldm import config
-from ldm.data.cache import fill
-from ldm.errors import Parser, UserError, script, whole
+from ldm.data.cache import BESIDE, fill
+from ldm.errors import Parser, script, whole
 from ldm.training.config import LdmRun
 from ldm.training.progress import Bar
 from ldm.training.tasks.denoising import DenoisingTask
@@ -33,8 +33,7 @@ def main() -> None:
     parser.add_argument("--batch", type=whole(1), default=64, help="pictures encoded at a time (64)")
     known, overrides = parser.parse_known_args()
     settings = config.load(LdmRun, known.config, overrides)
-    if not settings.cache:
-        raise UserError("no folder is named for the encodings: give --cache DIR")
+    cache = settings.cache or BESIDE
     state = PartialState(cpu=not torch.cuda.is_available())
     with state.main_process_first():
         task = DenoisingTask(dataclasses.replace(settings, cache=""))
@@ -48,10 +47,10 @@ def main() -> None:
 
         share = (state.process_index, state.num_processes)
         encoders = task.encoders(text=known.text, crops=known.crops)
-        fill(task.pictures, encoders, settings.cache, batch_size=known.batch, share=share, show=show)
+        fill(task.pictures, encoders, cache, batch_size=known.batch, share=share, show=show)
     state.wait_for_everyone()
     if state.is_main_process:
-        print(f"{len(task.dataset)} pictures are encoded in {settings.cache}")
+        print(f"{len(task.dataset)} pictures are encoded {'beside their shards' if cache == BESIDE else f'in {cache}'}")
 
 
 if __name__ == "__main__":

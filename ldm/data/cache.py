@@ -1,18 +1,20 @@
 """Encoded pictures and captions: each is encoded once and then trained on in every epoch.
 
-A cache is a folder: `cache.json` says what it was made with, and each shard has a file of fixed records, which is
-mapped, not read: the mean and deviation of the autoencoder's posterior of each view of each picture in fp16, token ids,
-SDXL's size values, and text states where they were asked for. A run that would need other encodings is refused; a shard
-that has none yet is encoded.
+They lie beside the shards, in a folder whose name follows from model, resolution and transform, or in one that is
+named. `cache.json` there says what they were made with, and each shard has a file of fixed records, which is mapped,
+not read: the mean and deviation of the autoencoder's posterior of each view of each picture in fp16, token ids, SDXL's
+size values, and text states where they were asked for. Each record has its sha256, and is checked when a process first
+reads it. A run that would need other encodings is refused; a shard that has none yet is encoded.
 """
 
+import collections
 import functools
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,11 +22,12 @@ from jaxtyping import Float, UInt8
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ldm.data.dataset import Batch, ShardDataset, Tokenize, loader
+from ldm.data.dataset import Batch, ShardDataset, Tokenize, View, loader
 from ldm.data.loader import Limits
 from ldm.data.order import Ints, locate, uniforms
 from ldm.data.shards import Entry, Run
 from ldm.data.stream import CAPTION, CROP_X, FLIP, Stream
+from ldm.data.tars import Damaged
 from ldm.errors import UserError
 from ldm.files import replacing, write_json
 
@@ -32,10 +35,13 @@ Posterior = tuple[Float[Tensor, "b c h w"], Float[Tensor, "b c h w"]]
 Encode = Callable[[UInt8[Tensor, "b 3 h w"]], Posterior]  # images in 0..255 -> mean, deviation
 States = tuple[Float[Tensor, "b l d"], Float[Tensor, "b v"] | None]
 Show = Callable[[int, int], None]
+BESIDE = "beside"  # as the name of a cache: in the folder of the shards
 ABOUT = "cache.json"
 _EMPTY = "empty.safetensors"
 _PROBE = "a photo of 2 red apples, ünlike any other"
 _OPEN_FILES = 1024
+_RECORDS = {"latents": 2, "states": 1, "vector": 1}  # what is kept in records, and how many numbers name one
+_SUMS = "sha256."
 
 
 @dataclass(frozen=True)
@@ -56,28 +62,23 @@ class CachedDataset:
     empty: text states of the empty caption, where states are kept.
     """
 
-    def __init__(self, dataset: ShardDataset, folder: Path) -> None:
+    def __init__(self, dataset: ShardDataset, encoders: Encoders, cache: str | Path) -> None:
         self.stream: Stream = dataset.stream
         self.limits: Limits = dataset.limits
         self._flip, self._ends = dataset.config.flip, dataset.shards.ends
         self._random = dataset.config.crop == "random"
-        self._paths = [_path(folder, entry) for entry in dataset.shards.entries]
+        homes = _homes(dataset, encoders, cache)
+        self._paths = [_path(home, entry) for home, entry in zip(homes, dataset.shards.entries, strict=True)]
         self.about, self.where = dataset.about, dataset.where
-        self.empty = _load(folder / _EMPTY) if (folder / _EMPTY).is_file() else None
-        self._forget()
+        empty = _Records(homes[0] / _EMPTY) if (homes[0] / _EMPTY).is_file() else None
+        self.empty = {name: empty.record(name, 0)[None] for name in empty.names} if empty else None
 
-    def _forget(self) -> None:
-        self._kept = functools.lru_cache(_OPEN_FILES)(self._open)
-
-    def _open(self, shard: int) -> "Kept":
-        return Kept(_load(self._paths[shard]))
+    @functools.cached_property
+    def _kept(self) -> Callable[[int], "Kept"]:
+        return functools.lru_cache(_OPEN_FILES)(lambda shard: Kept(_Records(self._paths[shard])))
 
     def __getstate__(self) -> dict[str, Any]:
         return {key: value for key, value in self.__dict__.items() if key != "_kept"}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._forget()
 
     def __len__(self) -> int:
         return int(self._ends[-1])
@@ -86,132 +87,141 @@ class CachedDataset:
         """The batch at these positions of the stream."""
         places = np.asarray(positions, np.int64)
         rows, choices = self.stream.rows(places), self.stream.choices(places)
-        shards, indices = (part.tolist() for part in locate(self._ends, rows))
-        parts = [self._kept(shard) for shard in shards]
-        crops = [
-            int(x * part.crops(self._flip)) if self._random else 0
-            for part, x in zip(parts, choices[:, CROP_X].tolist(), strict=True)
-        ]
-        mirrored = (choices[:, FLIP] < 0.5) & self._flip
-        records = [
-            part.latents(index, (2 if self._flip else 1) * crop + int(other))
-            for part, index, crop, other in zip(parts, indices, crops, mirrored.tolist(), strict=True)
-        ]
-        texts = [
-            part.caption(index, draw)
-            for part, index, draw in zip(parts, indices, choices[:, CAPTION].tolist(), strict=True)
-        ]
-        latents = torch.from_numpy(np.stack(records))
-        batch = Batch(mean=latents[:, 0], std=latents[:, 1], position=torch.from_numpy(places))
-        chosen = list(zip(parts, texts, strict=True))
-        batch["caption"] = [part.text(number) for part, number in chosen]
-        batch["key"] = [part.key(index) for part, index in zip(parts, indices, strict=True)]
-        ids = [part.tensors["size_ids"][index, crop] for part, index, crop in zip(parts, indices, crops, strict=True)]
-        batch["size_ids"] = torch.from_numpy(np.stack(ids).astype(np.int64))
-        for name in ("tokens", "states", "vector"):
-            if name in parts[0].tensors:
-                batch[name] = torch.from_numpy(np.stack([part.tensors[name][number] for part, number in chosen]))
-        return batch
+        found: dict[str, list[Any]] = collections.defaultdict(list)
+        for shard, index, choice in zip(*locate(self._ends, rows), choices.tolist(), strict=True):
+            part = self._kept(int(shard))
+            crop = int(choice[CROP_X] * part.crops(self._flip)) if self._random else 0
+            view = (1 + self._flip) * crop + (self._flip and choice[FLIP] < 0.5)
+            number = part.caption(int(index), choice[CAPTION])
+            found["latents"].append(part.latents(int(index), view))
+            found["size_ids"].append(part.size_ids[index, crop])
+            found["caption"].append(part.text(number))
+            found["key"].append(part.key(int(index)))
+            for name in part.texts:
+                found[name].append(part.records.record(name, number))
+        captions, keys = found.pop("caption"), found.pop("key")
+        stacked: Any = {name: torch.from_numpy(np.stack(rows)) for name, rows in found.items()}
+        latents, ids = stacked.pop("latents"), stacked.pop("size_ids").long()
+        shown = Batch(mean=latents[:, 0], std=latents[:, 1], size_ids=ids, position=torch.from_numpy(places))
+        return Batch(**shown, **stacked, caption=captions, key=keys)
+
+
+class _Records:
+    """The tensors of a file, mapped. The small ones are checked at once, the records of the others as they are read."""
+
+    def __init__(self, path: Path) -> None:
+        from safetensors.torch import load_file
+
+        self._path, self._tensors = path, {name: tensor.numpy() for name, tensor in load_file(path).items()}
+        self.names = [name for name in self._tensors if not name.startswith(_SUMS)]
+        self._seen = {name: np.zeros(self._tensors[name].shape[: _depth(name)], bool) for name in self.names}
+        if _sum_of_rest(self._tensors) != self._tensors[f"{_SUMS}rest"].tobytes():
+            raise self._altered("what is known of its pictures")
+
+    def record(self, name: str, *at: int) -> NDArray[Any]:
+        """A row of a tensor; of latents that of a picture and a view. Damaged where it is not what was kept."""
+        found: NDArray[Any] = self._tensors[name][at]
+        seen = self._seen[name]
+        if seen.ndim and not seen[at]:
+            if hashlib.sha256(found).digest() != self._tensors[_SUMS + name][at].tobytes():
+                raise self._altered(f"record {', '.join(map(str, at))} of {name}")
+            seen[at] = True
+        return found
+
+    def whole(self, name: str) -> NDArray[Any]:
+        """A small tensor."""
+        return self._tensors[name]
+
+    def _altered(self, what: str) -> Damaged:
+        return Damaged(f"{what} in {str(self._path)!r} was altered: remove the file, it is then made again")
 
 
 class Kept:
     """The records of one shard."""
 
-    def __init__(self, tensors: dict[str, NDArray[Any]]) -> None:
-        self.tensors = tensors
-        self._runs = [tensors[f"latents.{k}"] for k in range(sum(name.startswith("latents.") for name in tensors))]
+    def __init__(self, records: _Records) -> None:
+        self.records, whole = records, records.whole
+        self._runs = [whole(f"latents.{k}") for k in range(sum(name.startswith("latents.") for name in records.names))]
         self._ends = np.cumsum([len(run) for run in self._runs])
-        self._firsts = np.cumsum(tensors["counts"]) - tensors["counts"]
+        self._counts, self.size_ids = whole("counts"), whole("size_ids")
+        self._firsts = np.cumsum(self._counts) - self._counts
+        self.texts = [name for name in ("tokens", "states", "vector") if name in records.names]
 
     def crops(self, flip: bool) -> int:
         return self._runs[0].shape[1] // (2 if flip else 1)
 
     def latents(self, index: int, view: int) -> NDArray[np.float16]:
         """(2, c, h, w): mean and deviation of a view."""
-        if len(self._runs) == 1:
-            return self._runs[0][index, view]
-        run = int(np.searchsorted(self._ends, index, "right"))
-        return self._runs[run][index - int(self._ends[run]), view]  # counted from the run's end
+        run = int(np.searchsorted(self._ends, index, "right")) if len(self._runs) > 1 else 0
+        return self.records.record(f"latents.{run}", index - int(self._ends[run]) + len(self._runs[run]), view)
 
     def caption(self, index: int, draw: float) -> int:
         """The number of the caption that a draw from [0, 1) chooses for a picture."""
-        return int(self._firsts[index] + int(draw * self.tensors["counts"][index]))
+        return int(self._firsts[index] + int(draw * self._counts[index]))
 
     def text(self, number: int) -> str:
-        return _cut(self.tensors["captions"], self.tensors["caption_ends"], number)
+        return _cut(self.records.whole("captions"), self.records.whole("caption_ends"), number)
 
     def key(self, index: int) -> str:
-        return _cut(self.tensors["keys"], self.tensors["key_ends"], index)
+        return _cut(self.records.whole("keys"), self.records.whole("key_ends"), index)
 
 
 def cached(
-    dataset: ShardDataset, encoders: Encoders, folder: str | Path, *, show: Show = lambda done, total: None
+    dataset: ShardDataset, encoders: Encoders, cache: str | Path, *, show: Show = lambda done, total: None
 ) -> CachedDataset:
-    """The dataset with its pictures encoded: read from `folder` what lies there, else encoded and written.
+    """The dataset with its pictures encoded: read from `cache` what lies there, else encoded and written.
 
-    UserError for a folder that was made with anything else than these encoders and the dataset's transform.
+    UserError for a cache that was made with anything else than these encoders and the dataset's transform.
     """
-    fill(dataset, encoders, folder, show=show)
-    return CachedDataset(dataset, Path(folder))
+    fill(dataset, encoders, cache, show=show)
+    return CachedDataset(dataset, encoders, cache)
 
 
-def kept_with(folder: str | Path) -> dict[str, Any]:
+def kept_with(dataset: ShardDataset, encoders: Encoders, cache: str | Path) -> dict[str, Any]:
     """What a cache was made with; empty where there is none. UserError for a file that does not say."""
-    path = Path(folder) / ABOUT
-    try:
-        return dict(json.loads(path.read_text())) if path.is_file() else {}
-    except ValueError:
-        raise UserError(f"{str(path)!r} is broken: remove the folder and run scripts/precompute.py again") from None
+    return _known(_homes(dataset, encoders, cache)[0])
 
 
 def fill(
     dataset: ShardDataset,
     encoders: Encoders,
-    folder: str | Path,
+    cache: str | Path,
     *,
     batch_size: int = 64,
     share: tuple[int, int] = (0, 1),
     show: Show = lambda done, total: None,
 ) -> None:
-    """Encode what is missing in `folder`; each shard is whole there or not at all.
+    """Encode what is missing in `cache`; each shard is whole there or not at all.
 
     share: (rank, world), to do the rank-th of every `world` shards. `show(done, total)` is called after each batch with
     numbers of pictures. UserError as in `cached`.
     """
-    folder = Path(folder)
-    config = dataset.config
-    if config.crop == "random" and encoders.crops == 1:
+    if dataset.config.crop == "random" and encoders.crops == 1:
         raise UserError(
             "latents of data.crop random are kept as several crops: run scripts/precompute.py with --crops first"
         )
-    _claim(folder, _about(dataset, encoders))
-    rank, world = share
-    mine = [shard for shard, count in enumerate(dataset.shards.counts) if shard % world == rank and count]
-    missing = [shard for shard in mine if not _whole(_path(folder, dataset.shards.entries[shard]))]
-    done, total = 0, sum(dataset.shards.counts[shard] for shard in missing)
-    for shard in missing:
+    homes, (rank, world) = _homes(dataset, encoders, cache), share
+    for home in dict.fromkeys(homes):
+        _claim(home, _about(dataset, encoders))
+    entries = dataset.shards.entries
+    files = {_path(home, entry): n for n, (home, entry) in enumerate(zip(homes, entries, strict=True)) if entry.samples}
+    missing = {path: shard for path, shard in list(files.items())[rank::world] if not _whole(path)}
+    done, total = 0, sum(entries[shard].samples for shard in missing.values())
+    for path, shard in missing.items():
         tensors: dict[str, Tensor] = {}
         runs = [run for run in dataset.runs if run.shard == shard]
-        facts = _Facts([], [], [])
+        pictures: list[list[View]] = []
         for k, run in enumerate(runs):
             parts = []
-            for latents in _encoded(dataset, run, encoders, batch_size, facts):
+            for latents in _encoded(dataset, run, encoders, batch_size, pictures):
                 parts.append(latents)
                 done += len(latents)
                 show(done, total)
             tensors[f"latents.{k}"] = torch.cat(parts)
-        tensors |= _texts(facts, dataset.tokenize, encoders)
-        _save(_path(folder, dataset.shards.entries[shard]), tensors)
+        _save(path, tensors | _texts(pictures, dataset.tokenize, encoders))
     if encoders.states and rank == 0:
-        _save(folder / _EMPTY, _states([""], encoders.states))
-
-
-class _Facts(NamedTuple):
-    """What is known of the pictures of a shard besides their latents."""
-
-    captions: list[list[str]]
-    keys: list[str]
-    size_ids: list[Any]
+        for home in dict.fromkeys(homes):
+            _save(home / _EMPTY, _states([""], encoders.states))
 
 
 @dataclass(frozen=True)
@@ -240,8 +250,10 @@ class _Views:
 
 
 @torch.no_grad()
-def _encoded(dataset: ShardDataset, run: Run, encoders: Encoders, batch_size: int, facts: _Facts) -> Iterator[Tensor]:
-    """(b, views, 2, c, h, w) of the pictures of a run, and what is known of them."""
+def _encoded(
+    dataset: ShardDataset, run: Run, encoders: Encoders, batch_size: int, pictures: list[list[View]]
+) -> Iterator[Tensor]:
+    """(b, views, 2, c, h, w) of the pictures of a run; what is known of their views is added to `pictures`."""
     crops = encoders.crops if dataset.config.crop == "random" else 1
     source = _Views(dataset, run, crops)
     step = max(1, batch_size // crops) * crops
@@ -252,21 +264,18 @@ def _encoded(dataset: ShardDataset, run: Run, encoders: Encoders, batch_size: in
         pairs = torch.stack([torch.stack(encoders.encode(one), 1).to("cpu", torch.float16) for one in mirrored], 1)
         if not torch.isfinite(pairs).all():
             raise UserError(f"the latents of {views[0].key!r} and on are not finite: check the autoencoder")
-        for view in views[::crops]:
-            facts.captions.append(view.captions)
-            facts.keys.append(view.key)
-        facts.size_ids.extend([view.size_ids for view in views[i : i + crops]] for i in range(0, len(views), crops))
+        pictures.extend(views[i : i + crops] for i in range(0, len(views), crops))
         yield pairs.reshape(len(views) // crops, -1, *pairs.shape[2:])
 
 
-def _texts(facts: _Facts, tokenize: Tokenize | None, encoders: Encoders) -> dict[str, Tensor]:
-    captions = [caption for options in facts.captions for caption in options]
+def _texts(pictures: list[list[View]], tokenize: Tokenize | None, encoders: Encoders) -> dict[str, Tensor]:
+    captions = [caption for views in pictures for caption in views[0].captions]
     found = {
-        "counts": torch.tensor([len(options) for options in facts.captions]),
-        "size_ids": torch.tensor(facts.size_ids, dtype=torch.int32),
+        "counts": torch.tensor([len(views[0].captions) for views in pictures]),
+        "size_ids": torch.tensor([[view.size_ids for view in views] for views in pictures], dtype=torch.int32),
     }
     found["captions"], found["caption_ends"] = _joined(captions)
-    found["keys"], found["key_ends"] = _joined(facts.keys)
+    found["keys"], found["key_ends"] = _joined([views[0].key for views in pictures])
     if tokenize:
         found["tokens"] = torch.cat([tokenize(captions[i : i + 1024]) for i in range(0, len(captions), 1024)])
     if encoders.states:
@@ -309,43 +318,82 @@ def _about(dataset: ShardDataset, encoders: Encoders) -> dict[str, Any]:
     }
 
 
-def _claim(folder: Path, about: dict[str, Any]) -> None:
-    """Make the folder this cache, or find that it is."""
-    known = kept_with(folder)
+def _homes(dataset: ShardDataset, encoders: Encoders, cache: str | Path) -> list[Path]:
+    """The folder in which the encodings of each shard lie."""
+    paths = dataset.shards.paths
+    if str(cache) != BESIDE:
+        return [Path(cache)] * len(paths)
+    remote = [path for path in paths if isinstance(path, str)]
+    if remote:
+        raise UserError(f"nothing can be kept beside {remote[0]!r}: name a folder with --cache DIR")
+    key = {name: value for name, value in _about(dataset, encoders).items() if name not in ("text", "crops")}
+    mark = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
+    return [Path(path).parent / f"latents-{mark}" for path in paths]
+
+
+def _known(home: Path) -> dict[str, Any]:
+    path = home / ABOUT
+    try:
+        return dict(json.loads(path.read_text())) if path.is_file() else {}
+    except ValueError:
+        raise UserError(f"{str(path)!r} is broken: remove the folder and run scripts/precompute.py again") from None
+
+
+def _claim(home: Path, about: dict[str, Any]) -> None:
+    """Make the folder a cache of this, or find that it is."""
+    known = _known(home)
     for name in about:
         if known and known.get(name) != about[name]:
             raise UserError(
-                f"cache {str(folder)!r} was made with {name} {known.get(name)!r}, not {about[name]!r}: give another "
+                f"cache {str(home)!r} was made with {name} {known.get(name)!r}, not {about[name]!r}: give another "
                 "folder, or remove it and run scripts/precompute.py again"
             )
     if not known:
-        write_json(folder / ABOUT, about)
+        try:
+            write_json(home / ABOUT, about)
+        except OSError as error:
+            raise UserError(f"cannot write to {str(home)!r} ({error.strerror}): name a folder by --cache DIR") from None
 
 
-def _path(folder: Path, entry: Entry) -> Path:
+def _path(home: Path, entry: Entry) -> Path:
     shard = json.dumps([entry.name, entry.samples, entry.bytes, entry.sha256])
-    return folder / f"{Path(entry.name).stem}-{hashlib.sha256(shard.encode()).hexdigest()[:16]}.safetensors"
+    return home / f"{Path(entry.name).stem}-{hashlib.sha256(shard.encode()).hexdigest()[:16]}.safetensors"
 
 
 def _whole(path: Path) -> bool:
+    """Whether a file is there, not cut short, and has digests."""
     from safetensors import SafetensorError, safe_open
 
     try:
-        with safe_open(path, "np"):
-            return True
+        with safe_open(path, "np") as file:
+            return f"{_SUMS}rest" in file.keys()  # noqa: SIM118 (it is no dict)
     except (FileNotFoundError, SafetensorError):
         return False
 
 
 def _save(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write tensors and their digests."""
     from safetensors.torch import save_file
 
+    arrays = {name: tensor.contiguous().numpy() for name, tensor in tensors.items()}
+    for name in [name for name in arrays if _depth(name)]:
+        rows = arrays[name].reshape(-1, *arrays[name].shape[_depth(name) :])
+        sums = b"".join(hashlib.sha256(row).digest() for row in rows)
+        arrays[_SUMS + name] = np.frombuffer(sums, np.uint8).reshape(*arrays[name].shape[: _depth(name)], 32)
+    arrays[f"{_SUMS}rest"] = np.frombuffer(_sum_of_rest(arrays), np.uint8)
     with replacing(path) as temporary:
-        save_file(tensors, temporary)
+        save_file({name: torch.from_numpy(array.copy()) for name, array in arrays.items()}, temporary)
 
 
-def _load(path: Path) -> dict[str, NDArray[Any]]:
-    """The tensors of a file, mapped."""
-    from safetensors.torch import load_file
+def _depth(name: str) -> int:
+    return _RECORDS.get(name.partition(".")[0], 0)
 
-    return {name: tensor.numpy() for name, tensor in load_file(path).items()}
+
+def _sum_of_rest(arrays: dict[str, NDArray[Any]]) -> bytes:
+    """Of all that is not checked by record, and of the forms of the rest."""
+    found = hashlib.sha256()
+    for name in sorted(name for name in arrays if not name.startswith(_SUMS)):
+        found.update(f"{name} {arrays[name].dtype} {arrays[name].shape} ".encode())
+        if not _depth(name):
+            found.update(np.ascontiguousarray(arrays[name]))
+    return found.digest()

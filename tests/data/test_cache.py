@@ -1,17 +1,22 @@
 """Cached encodings: the same stream as uncached, encoded once, and never a stale one."""
 
 import dataclasses
+import json
 import pickle
+import shutil
 
 import numpy as np
 import pytest
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch.nn.functional import avg_pool2d
 
-from ldm.data.cache import CachedDataset, Encoders, cached, fill
+from ldm.data.cache import CachedDataset, Encoders, _Records, cached, fill, kept_with
 from ldm.data.dataset import DataConfig, loader, open_dataset, to_image
 from ldm.data.order import uniforms
 from ldm.data.shards import write_manifest, write_shard
+from ldm.data.tars import Damaged
 from ldm.errors import UserError
 
 
@@ -112,6 +117,90 @@ def test_what_is_missing_broken_or_another_shard_is_encoded(config, tmp_path, as
     assert encode.count == 60  # of the first shard all is there
 
 
+@pytest.fixture
+def beside(tmp_path, folder, config) -> DataConfig:
+    """Two folders of shards."""
+    shutil.copytree(folder, tmp_path / "other", ignore=shutil.ignore_patterns("other"))
+    return dataclasses.replace(config, shards=f"{folder}:2,{tmp_path / 'other'}:1", size=16)
+
+
+def test_encodings_lie_beside_the_shards_by_what_made_them(beside, tmp_path):
+    first = Encoder()
+    kept = cached(open_dataset(beside, tokenize), encoders(first, text="t", states=states, crops=2), "beside")
+    ours, theirs = sorted(tmp_path.glob("**/latents-*"))
+    assert (ours.name, ours.parent, theirs.parent) == (theirs.name, tmp_path, tmp_path / "other")
+    assert [len(list(home.glob("0*.safetensors"))) for home in (ours, theirs)] == [3, 3]
+    dataset, plain = open_dataset(beside, tokenize), encoders(Encoder())
+    assert (kept_with(dataset, plain, "beside")["text"], kept_with(dataset, plain, "beside")["crops"]) == ("t", 2)
+    assert torch.equal(kept.__getitems__(range(9))["mean"], cached(open_dataset(beside, tokenize), encoders(
+        None, text="t", states=states, crops=2), "beside").__getitems__(range(9))["mean"])  # fmt: skip
+    with pytest.raises(UserError, match=r"latents-.*was made with text 't', not 'u'"):
+        cached(dataset, encoders(text="u", states=states, crops=2), "beside")
+    for other in (encoders(model="n"), encoders()):
+        cached(open_dataset(dataclasses.replace(beside, flip=other.model == "n")), other, "beside")
+    assert len(list(tmp_path.glob("latents-*"))) == 3 and len(list(theirs.glob("0*"))) == 3
+
+
+def test_a_shard_that_is_listed_twice_is_encoded_once(config, assets, tmp_path):
+    encode = Encoder()
+    for rank in range(2):
+        fill(open_dataset(dataclasses.replace(config, shards=f"{assets}::{assets}")), encoders(encode), tmp_path,
+             share=(rank, 2))  # fmt: skip
+    assert encode.count == 2 * 60
+
+
+def test_beside_what_cannot_be_written_to_another_place_is_asked_for(beside, tmp_path, monkeypatch):
+    dataset = open_dataset(beside)
+    dataset.shards.paths[1] = "s3://far/00001.tar"
+    with pytest.raises(UserError, match="nothing can be kept beside 's3://far/00001.tar': name a folder with --cache"):
+        cached(dataset, encoders(), "beside")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot write to .*file/x'.*: name a folder by --cache DIR"):
+        cached(open_dataset(beside), encoders(), tmp_path / "file/x")
+
+
+@pytest.mark.parametrize("name", ["latents.0", "states", "vector", "tokens", "captions", "sha256.states", "counts"])
+def test_an_altered_record_is_refused_by_name(config, tmp_path, name):
+    """One bit anywhere in a tensor: never is it trained on, and the file is named."""
+    how = {"text": "t", "states": states}
+    cached(open_dataset(config, tokenize), encoders(**how), tmp_path)
+    path = sorted(tmp_path.glob("0*"))[1]
+    data = bytearray(path.read_bytes())
+    length = int.from_bytes(data[:8], "little")
+    start, stop = json.loads(data[8 : 8 + length])[name]["data_offsets"]
+    data[8 + length + (start + stop) // 2] ^= 1
+    path.write_bytes(data)
+    kept = cached(open_dataset(config, tokenize), encoders(None, **how), tmp_path)
+    with pytest.raises(Damaged, match=rf"in '.*{path.name}' was altered: remove the file"):
+        for positions in range(0, 600, 60):
+            kept.__getitems__(range(positions, positions + 60))
+
+
+def test_every_bit_of_the_head_counts(config, tmp_path):
+    cached(open_dataset(config), encoders(), tmp_path)
+    path = sorted(tmp_path.glob("0*"))[0]
+    whole = path.read_bytes()
+    for place in range(8, 8 + int.from_bytes(whole[:8], "little"), 7):
+        data = bytearray(whole)
+        data[place] ^= 1
+        path.write_bytes(data)
+        try:
+            batch = _Records(path).record("latents.0", 0, 0)
+        except (Damaged, SafetensorError, KeyError):
+            continue
+        path.write_bytes(whole)
+        assert np.array_equal(batch, _Records(path).record("latents.0", 0, 0))  # a space of the padding
+
+
+def test_a_cache_without_digests_is_made_again(config, tmp_path):
+    cached(open_dataset(config), encoders(), tmp_path)
+    for path in tmp_path.glob("0*"):
+        save_file({name: t for name, t in load_file(path).items() if "sha256" not in name}, path)
+    encode = Encoder()
+    cached(open_dataset(config), encoders(encode), tmp_path)
+    assert encode.count == 120
+
+
 def test_processes_share_the_shards(config, tmp_path):
     counts = []
     for rank in range(2):
@@ -120,7 +209,7 @@ def test_processes_share_the_shards(config, tmp_path):
         counts.append(encode.count)
     assert counts == [60, 60]
     whole = cached(open_dataset(config), encoders(Encoder()), tmp_path / "alone")
-    parts = CachedDataset(open_dataset(config), tmp_path)
+    parts = CachedDataset(open_dataset(config), encoders(), tmp_path)
     assert torch.equal(whole.__getitems__(range(60))["mean"], parts.__getitems__(range(60))["mean"])
 
 

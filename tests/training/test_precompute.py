@@ -3,18 +3,24 @@
 import json
 import os
 import runpy
+import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
 from ldm.data.cache import fill
+from ldm.data.shards import Shards, write_manifest, write_shard
 from ldm.errors import UserError
+from ldm.files import sha256
 from ldm.training.tasks.denoising import DenoisingTask
 
 SCRIPT = Path(__file__).parents[2] / "scripts/precompute.py"
+ASSETS = Path(__file__).parents[1] / "assets/shards"
 CPU = torch.device("cpu")
 
 
@@ -94,7 +100,6 @@ def test_the_script_keeps_crops(monkeypatch, settings, tmp_path):
     "more, message",
     [
         (["--crops", "0"], "whole number of at least 1"),
-        ([], "give --cache DIR"),
         (["--cash", "x"], "did you mean 'cache'"),
     ],
 )
@@ -104,12 +109,44 @@ def test_one_line_for_what_cannot_be(monkeypatch, settings, capsys, more, messag
     assert error.value.code == 2 and message in capsys.readouterr().err
 
 
+def test_the_script_keeps_beside_the_shards_and_a_run_finds_them(monkeypatch, ldm, settings, frozen, tmp_path):
+    shards = tmp_path / "shards"
+    shutil.copytree(ASSETS, shards)
+    where = [*frozen, "--data.shards", str(shards)]
+    run(monkeypatch, *settings, *where, "--text")
+    (home,) = shards.glob("latents-*")
+    assert len(list(home.glob("0*"))) == 2
+    task = build(ldm, *where, "--cache", "beside")
+    assert "states" in task.dataset.__getitems__([0])
+    assert list(shards.glob("latents-*")) == [home]
+
+
+def digests(folder: Path) -> dict[str, str]:
+    return {path.name: sha256(path) for path in folder.iterdir()}
+
+
 @pytest.mark.slow
-def test_two_processes_keep_what_one_keeps(settings, tmp_path):
+def test_accelerate_launch_killed_and_run_again_keeps_what_one_process_keeps(settings, tmp_path):
+    """Two processes, killed once the first shard is there; `accelerate launch` is started by its module, since its
+    command imports torchvision, which may not fit torch."""
+    shards = tmp_path / "shards"
+    source = Shards(str(ASSETS))
+    threes = [[(f"{i}", source.sample(0, i).members) for i in range(3 * s, 3 * s + 3)] for s in range(6)]
+    write_manifest(shards, [write_shard(shards / f"{s:05d}.tar", samples) for s, samples in enumerate(threes)])
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29711", "--"]
-    for name, start in (("one", [sys.executable]), ("two", launch)):
-        command = [*start, str(SCRIPT), *settings, "--cache", str(tmp_path / name)]
-        subprocess.run(command, env=env, check=True, timeout=300)
-    one, two = ({p.name: p.read_bytes() for p in (tmp_path / name).iterdir()} for name in ("one", "two"))
-    assert one == two and len(one) == 3
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--cpu"]
+    launch += ["--main_process_port", "29711"]
+    command = [str(SCRIPT), *settings, "--data.shards", str(shards), "--batch", "1", "--data.workers", "0"]
+    process = subprocess.Popen([*launch, *command, "--cache", str(tmp_path / "two")], env=env, start_new_session=True)
+    limit = time.monotonic() + 300
+    while not list(tmp_path.glob("two/0*")) and time.monotonic() < limit and process.poll() is None:
+        time.sleep(0.005)
+    os.killpg(process.pid, signal.SIGKILL)
+    assert process.wait(60) == -signal.SIGKILL
+    before = {path: path.stat().st_ino for path in tmp_path.glob("two/0*")}
+    assert 0 < len(before) < 6
+    subprocess.run([*launch, *command, "--cache", str(tmp_path / "two")], env=env, check=True, timeout=300)
+    subprocess.run([sys.executable, *command, "--cache", str(tmp_path / "one")], env=env, check=True, timeout=300)
+    assert {path: path.stat().st_ino for path in before} == before
+    assert {n: d for n, d in digests(tmp_path / "two").items() if not n.endswith(".tmp")} == digests(tmp_path / "one")
+    assert len(digests(tmp_path / "one")) == 7

@@ -27,7 +27,7 @@ from ldm.diffusion.schedules import make_schedule
 from ldm.errors import UserError
 from ldm.families.load import load
 from ldm.families.vae import load_vae
-from ldm.files import sha256
+from ldm.files import digest
 from ldm.models.autoencoder import Autoencoder, AutoencoderConfig
 from ldm.models.unet import UNet
 from ldm.shapes import Image, Latent, Sigma, TokenIds
@@ -181,20 +181,22 @@ class DenoisingTask:
             cond = self.encode_text(self.text.tokenize(captions).to(self.device))
             return cond.tokens, cond.vector
 
-        model = _digest(Path(self.config.text.weights or self.config.weights)) if text else ""
-        return Encoders(_digest(self._source), self._posterior, model, states if text else None, crops)
+        model = digest(Path(self.config.text.weights or self.config.weights)) if text else ""
+        return Encoders(digest(self._source), self._posterior, model, states if text else None, crops)
 
-    def _encoded(self, folder: str) -> CachedDataset:
-        """The training pictures as latents, read from the folder if it has them."""
-        kept = kept_with(folder)
+    def _encoded(self, cache: str) -> CachedDataset:
+        """The training pictures as latents, read from the cache if it has them."""
+        encoders = self.encoders(text=False, crops=1)
+        kept = kept_with(self.pictures, encoders, cache)
+        if kept.get("text") or kept.get("crops", 1) > 1:
+            encoders = self.encoders(text=bool(kept["text"]), crops=int(kept["crops"]))
         with Bar(len(self.pictures)) as bar:
 
             def show(done: int, total: int) -> None:
                 bar.step(done - bar.done)
                 bar.show("pictures encoded")
 
-            encoders = self.encoders(text=bool(kept.get("text")), crops=int(kept.get("crops", 1)))
-            return cached(self.pictures, encoders, folder, show=show)
+            return cached(self.pictures, encoders, cache, show=show)
 
     @torch.no_grad()
     def _posterior(self, image: UInt8[Tensor, "b 3 H W"]) -> tuple[Latent, Latent]:
@@ -294,11 +296,6 @@ def _named(config: LdmRun) -> str:
     """The file of the autoencoder."""
     name = config.autoencoder or config.weights or "embedded"
     return str(EMBEDDED) if name == "embedded" else name
-
-
-def _digest(path: Path) -> str:
-    """Of a model file, or of all in a folder."""
-    return " ".join(sha256(file) for file in (sorted(path.rglob("*.safetensors")) if path.is_dir() else [path]))
 
 
 def _autoencoder(config: LdmRun, begun: Model | None) -> Autoencoder:
