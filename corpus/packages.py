@@ -25,7 +25,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from corpus.renders import pose, read_mesh, views
-from ldm.data.images import on_white
+from ldm.data.images import laid_on
 from ldm.errors import UserError
 
 SIZE = 128
@@ -98,7 +98,7 @@ def encode(draw: Callable[[], dict[str, Image.Image]]) -> dict[str, tuple[bytes,
     try:
         for end, picture in draw().items():
             if np.asarray(picture.getchannel("A")).mean() > 0.06 * 255:
-                flat, file = on_white(picture), io.BytesIO()
+                flat, file = laid_on(picture, "white"), io.BytesIO()
                 flat.save(file, "WEBP", quality=90, method=6)
                 found[end] = (file.getvalue(), colour_word(flat))
     except UserError:

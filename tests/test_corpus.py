@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from corpus import packages
 from corpus.packages import SOURCES, build, colour_word, fetch
 from corpus.renders import Mesh, pose, read_mesh, views
+from ldm.data.images import laid_on
 from ldm.errors import UserError
 
 CUBE = """mtllib m.mtl
@@ -174,15 +174,15 @@ def test_glass_lets_half_through(tmp_path: Path) -> None:
     ],
 )
 def test_colour_words(colour: str, word: str) -> None:
-    assert colour_word(packages.on_white(disc(colour))) == word
+    assert colour_word(laid_on(disc(colour), "white")) == word
 
 
 def test_no_word_where_no_colour_is_clear() -> None:
     half = disc("red")
     half.paste(disc("blue").crop((0, 0, 32, 64)), (0, 0))
-    assert colour_word(packages.on_white(half)) == ""
+    assert colour_word(laid_on(half, "white")) == ""
     assert colour_word(Image.new("RGB", (8, 8), "white")) == ""
-    assert colour_word(packages.on_white(disc("red", margin=30))) == ""  # under 1 % of the picture
+    assert colour_word(laid_on(disc("red", margin=30), "white")) == ""  # under 1 % of the picture
 
 
 def test_order_and_rows_do_not_depend_on_workers(unicode_lists: Path) -> None:

@@ -72,79 +72,83 @@ def _file(path: str, limits: Downloads) -> bytes | UserError:
         return UserError(f"cannot read: {error}")
     except Exception as error:  # a remote file system raises what its client library raises
         return UserError(f"cannot read: {getattr(error, 'strerror', None) or error or type(error).__name__}")
-    return _too_long(limits) if "://" in path and len(data) > limits.max_bytes else data
+    return UserError(_too_long(limits)) if "://" in path and len(data) > limits.max_bytes else data
+
+
+class _Failed(Exception):
+    """Why a download failed, and the seconds to wait at least before another try, None where that is of no use."""
+
+    def __init__(self, reason: str, pause: float | None = None) -> None:
+        super().__init__(reason, pause)
 
 
 def _http(url: str, limits: Downloads) -> bytes | UserError:
-    reason = UserError("")
+    reason = ""
     for attempt in range(limits.retries + 1):
-        outcome, pause = _once(url, limits)
-        if pause is None or isinstance(outcome, bytes):
-            return outcome
-        reason = outcome
+        try:
+            return _once(url, limits)
+        except _Failed as failure:
+            reason, pause = failure.args
+        if pause is None:
+            break
         if attempt < limits.retries:
             _sleep(min(limits.timeout, max(pause, _PAUSE * 2**attempt)))
-    return reason
+    return UserError(reason)
 
 
-def _once(url: str, limits: Downloads) -> tuple[bytes | UserError, float | None]:
-    """What came, and the seconds to wait at least before another try, None where that is of no use."""
-    from urllib3.exceptions import HTTPError, LocationValueError, NameResolutionError, NewConnectionError, SSLError
-    from urllib3.exceptions import TimeoutError as Timeout
+def _once(url: str, limits: Downloads) -> bytes:
+    from urllib3 import exceptions as known
 
     deadline = time.monotonic() + limits.timeout
     try:
         for _ in range(_REDIRECTS + 1):  # by hand: urllib3 would read whatever comes with a redirect
             if not url.lower().startswith(("http://", "https://")):
-                break
+                raise _Failed("download failed: not a web address")
             response = _pool(limits).request("GET", url, preload_content=False, retries=False)
             try:
-                if where := response.get_redirect_location():
-                    url = urljoin(url, where)
-                    continue
-                return _answer(response, deadline, limits)
+                if not (where := response.get_redirect_location()):
+                    return _body(response, deadline, limits)
+                url = urljoin(url, where)
             finally:
                 response.close()
                 response.release_conn()  # its place among those to the host, which closing does not give back
-        else:
-            return UserError("download failed: too many redirects"), None
-        return UserError("download failed: not a web address"), None
-    except LocationValueError:
-        return UserError("download failed: not a web address"), None
-    except NewConnectionError as error:  # which counts as a timeout there
-        why = "no such host" if isinstance(error, NameResolutionError) else "no connection"
-        return UserError(f"download failed: {why}"), 0.0
-    except Timeout:
-        return _late(limits), 0.0
-    except SSLError:
-        return UserError("download failed: no valid certificate"), None
-    except (HTTPError, OSError, UnicodeError):  # a name that can be no host raises UnicodeError
-        return UserError("download failed: the connection broke"), 0.0
+        raise _Failed("download failed: too many redirects")
+    except known.LocationValueError:
+        raise _Failed("download failed: not a web address") from None
+    except known.NewConnectionError as error:  # which counts as a timeout there
+        why = "no such host" if isinstance(error, known.NameResolutionError) else "no connection"
+        raise _Failed(f"download failed: {why}", 0.0) from None
+    except known.TimeoutError:
+        raise _late(limits) from None
+    except known.SSLError:
+        raise _Failed("download failed: no valid certificate") from None
+    except (known.HTTPError, OSError, UnicodeError):  # a name that can be no host raises UnicodeError
+        raise _Failed("download failed: the connection broke", 0.0) from None
 
 
-def _answer(response: Any, deadline: float, limits: Downloads) -> tuple[bytes | UserError, float | None]:
+def _body(response: Any, deadline: float, limits: Downloads) -> bytes:
     if response.status != 200:
         wait = response.headers.get("Retry-After", "")
         least = (float(wait) if wait.isdecimal() else 0.0) if response.status in _AGAIN else None
-        return UserError(f"download failed: HTTP {response.status}"), least
+        raise _Failed(f"download failed: HTTP {response.status}", least)
     if _UNWILLING & {part.strip().lower() for part in response.headers.get("X-Robots-Tag", "").split(",")}:
-        return UserError("the server asks not to train on it: X-Robots-Tag"), None
+        raise _Failed("the server asks not to train on it: X-Robots-Tag")
     data = bytearray()
     while chunk := response.read1(1 << 16):  # what has come, rather than wait for a full block
         data += chunk
         if len(data) > limits.max_bytes:
-            return _too_long(limits), None
+            raise _Failed(_too_long(limits))
         if time.monotonic() > deadline:
-            return _late(limits), 0.0
-    return bytes(data), None
+            raise _late(limits)
+    return bytes(data)
 
 
-def _late(limits: Downloads) -> UserError:
-    return UserError(f"download timed out: more than {limits.timeout:g} s")
+def _late(limits: Downloads) -> _Failed:
+    return _Failed(f"download timed out: more than {limits.timeout:g} s", 0.0)
 
 
-def _too_long(limits: Downloads) -> UserError:
-    return UserError(f"too large: more than {limits.max_bytes} bytes")
+def _too_long(limits: Downloads) -> str:
+    return f"too large: more than {limits.max_bytes} bytes"
 
 
 @functools.lru_cache(8)

@@ -65,11 +65,6 @@ def laid_on(image: Image.Image, background: str) -> Image.Image:
     return Image.alpha_composite(Image.new("RGBA", image.size, background), image).convert("RGB")
 
 
-def on_white(image: Image.Image) -> Image.Image:
-    """Lay a picture with alpha on white."""
-    return laid_on(image, "white")
-
-
 def other_colours(image: Image.Image) -> bool:
     """Whether a picture that was started has a colour profile other than sRGB's."""
     profile = image.info.get("icc_profile")

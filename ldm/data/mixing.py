@@ -11,13 +11,11 @@ from math import lcm
 from typing import Protocol, runtime_checkable
 
 import numpy as np
-from jaxtyping import Float
 
 from ldm.data.order import Ints, Order, uniforms
 from ldm.errors import UserError
 
 _PERIOD = 10_000  # slots after which a mixture repeats, at most
-_SLICE = 1024  # batches worked out at a time
 
 
 @runtime_checkable
@@ -39,7 +37,7 @@ class Buckets:
     def __init__(self, orders: Sequence[Order], batch: int, seed: int) -> None:
         self.orders, self.batch, self.seed = list(orders), batch, seed
         self.sizes = np.array([len(order) for order in orders], np.int64)
-        self._slice = functools.lru_cache(4)(self._merged)
+        self._epoch = functools.lru_cache(2)(self._merged)
 
     def __reduce__(self) -> tuple[type["Buckets"], tuple[list[Order], int, int]]:
         return Buckets, (self.orders, self.batch, self.seed)
@@ -70,46 +68,23 @@ class Buckets:
         epoch = number * self.batch // len(self)
         while self._before(epoch + 1) <= number:
             epoch += 1
-        rank = number - self._before(epoch)
-        given = epoch * self.sizes // self.batch  # by each order, in the epochs before
-        shares = (epoch + 1) * self.sizes // self.batch - given
-        slices = int(shares.sum()) // _SLICE + 1
-        low, high = 0, slices
-        while high - low > 1:  # the slice of the epoch in which this many batches have come
-            middle = (low + high) // 2
-            low, high = (middle, high) if self._until(shares, epoch, middle / slices).sum() <= rank else (low, middle)
-        first = self._until(shares, epoch, low / slices)
-        order, turn = self._slice(epoch, low, slices)[rank - int(first.sum())]
-        return int(order), int(given[order] + turn)
+        order, turn = self._epoch(epoch)[number - self._before(epoch)].tolist()
+        return order, int(epoch * self.sizes[order] // self.batch) + turn
 
     def _before(self, epoch: int) -> int:
         return int((epoch * self.sizes // self.batch).sum())
 
-    def _times(self, epoch: int, order: int, turns: Ints, share: int) -> Float[np.ndarray, " n"]:
-        """When in an epoch, from 0 to 1, batches of an order come: one at a random moment of each equal part."""
-        return (turns + uniforms(self.seed + epoch * len(self.orders) + order, turns, 1)[:, 0]) / share
-
-    def _until(self, shares: Ints, epoch: int, moment: float) -> Ints:
-        """The batches of each order that come before a moment."""
-        counts = np.zeros_like(shares)
-        for order, share in enumerate(shares.tolist()):
-            near = np.arange(max(0, int(moment * share) - 2), min(share, int(moment * share) + 2))
-            counts[order] = near[0] + (self._times(epoch, order, near, share) < moment).sum() if len(near) else 0
-        return counts
-
-    def _merged(self, epoch: int, part: int, slices: int) -> Ints:
-        """(n, 2): order and turn of the batches that come in one slice of an epoch, in their order."""
-        shares = (epoch + 1) * self.sizes // self.batch - epoch * self.sizes // self.batch
-        first = self._until(shares, epoch, part / slices)
-        last = shares if part + 1 == slices else self._until(shares, epoch, (part + 1) / slices)
-        orders = np.repeat(np.arange(len(shares)), last - first)
-        turns = np.concatenate([np.arange(a, b) for a, b in zip(first.tolist(), last.tolist(), strict=True)])
+    def _merged(self, epoch: int) -> Ints:
+        """(n, 2): order and turn of the batches of an epoch; those of one order at random in equal parts of it."""
+        shares = ((epoch + 1) * self.sizes // self.batch - epoch * self.sizes // self.batch).tolist()
+        parts = [np.arange(share) for share in shares]
+        seeds = [self.seed + epoch * len(shares) + k for k in range(len(shares))]
         moments = [
-            self._times(epoch, order, np.arange(first[order], last[order]), int(share))
-            for order, share in enumerate(shares.tolist())
-            if share
+            (part + uniforms(seed, part, 1)[:, 0]) / max(share, 1)
+            for part, seed, share in zip(parts, seeds, shares, strict=True)
         ]
-        return np.stack([orders, turns], 1)[np.argsort(np.concatenate(moments), kind="stable")]
+        merged = np.stack([np.repeat(np.arange(len(shares)), shares), np.concatenate(parts)], 1)
+        return merged[np.argsort(np.concatenate(moments), kind="stable")]
 
 
 class Mixture:

@@ -2,9 +2,10 @@
 
 import argparse
 import dataclasses
+import math
 import re
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -19,34 +20,41 @@ def _option(default: Any, help: str, **more: Any) -> Any:
     return dataclasses.field(default=default, metadata={"help": help, **more})
 
 
+def _number(default: Any, help: str, least: float = 1, most: float = math.inf, *, above: bool = False) -> Any:
+    """An option from `least`, or `above` it, to `most`."""
+    words = f"more than {least:g}" if above else f"{least:g}{' or more' * (most == math.inf)}"
+    words += f" to {most:g}" * (most < math.inf)
+    return _option(default, help, range=(lambda v: least <= v <= most and not (above and v == least), words))
+
+
 @dataclass(frozen=True)
 class PrepareConfig:
     """What to make of the sources. `workers`, `engine` and what concerns downloads change no byte of the outcome."""
 
     out: str = _option(dataclasses.MISSING, "folder for the shards, manifest.json, report.json and report.html")
     # Pictures: which, and what becomes of them
-    size: int = _option(128, "pixels of the shorter side; of the side of a square of the buckets' area (128)")
+    size: int = _number(128, "pixels of the shorter side; of the side of a square of the buckets' area (128)", 8)
     resize: Literal["shorter", "square", "buckets", "none"] = _option(
         "shorter",
         "shorter side to SIZE; centre square of SIZE; nearest aspect-ratio bucket of SIZE x SIZE pixels, as SDXL has "
         "them; none (shorter)",
     )
-    bucket_step: int | None = _option(None, "sides of buckets are multiples of this (SIZE / 16, at least 8)")
+    bucket_step: int | None = _number(None, "sides of buckets are multiples of this (SIZE / 16, at least 8)")
     formats: tuple[str, ...] = _option(
         ("PNG", "JPEG", "WEBP"),
         f"formats that are read, of {','.join(READABLE)} (PNG,JPEG,WEBP)",
         type=lambda text: tuple(text.upper().split(",")),
     )
-    max_megapixels: float = _option(89.0, "a picture of more is refused before it is decoded (89)")
-    min_size: int = _option(0, "least pixels of the shorter side of a picture as it was found (0)")
-    max_aspect: float = _option(4.0, "most that a picture may be longer than it is wide, or wider than long (4)")
+    max_megapixels: float = _number(89.0, "a picture of more is refused before it is decoded (89)", 0, 178, above=True)
+    min_size: int = _number(0, "least pixels of the shorter side of a picture as it was found (0)", 0)
+    max_aspect: float = _number(4.0, "most that a picture may be longer than it is wide, or wider than long (4)")
     duplicates: Literal["keep", "exact", "near"] = _option(
         "keep", "of pictures with the same bytes, or that also look alike, the first alone is kept (keep: all)"
     )
-    near_distance: int = _option(4, "bits of 64 by which perceptual hashes of near duplicates may differ (4)")
+    near_distance: int = _number(4, "bits of 64 by which perceptual hashes of near duplicates may differ (4)", 0, 16)
     background: str = _option("white", "colour under transparent pixels: a name or #rrggbb (white)")
     format: Literal["webp", "jpg", "png"] | None = _option(None, "write this (keep bytes that fit, else webp)")
-    quality: int = _option(90, "of webp and jpg (90)")
+    quality: int = _number(90, "of webp and jpg (90)", 1, 100)
     # Captions
     templates: tuple[str, ...] = _option(
         (), 'a caption made of columns, such as "a {colour} {name}"; may be repeated',
@@ -60,24 +68,24 @@ class PrepareConfig:
             "action": "append",
         },
     )
-    min_caption: int = _option(1, "shorter captions, in characters, are left out (1)")
-    max_caption: int = _option(2000, "longer captions, in characters, are left out (2000)")
+    min_caption: int = _number(1, "shorter captions, in characters, are left out (1)")
+    max_caption: int = _number(2000, "longer captions, in characters, are left out (2000)")
     raw_captions: bool = _option(False, "leave HTML and Unicode in captions as they are (cleaned)")
     match: str = _option("", "keep pictures with a caption that has this regular expression")
     # Shards
-    shard_size: int = _option(2000, "most samples in a shard (2000)")
-    holdout: float = _option(0.0, "share kept for validation in OUT/val (0)")
-    limit_per_source: int | None = _option(None, "at most N pictures of each source", metavar="N")
+    shard_size: int = _number(2000, "most samples in a shard (2000)", 1, 10_000)
+    holdout: float = _number(0.0, "share kept for validation in OUT/val (0)", 0, 0.999)
+    limit_per_source: int | None = _number(None, "at most N pictures of each source")
     order: Literal["mixed", "source"] = _option("mixed", "shuffled over all sources, or as they lie in them (mixed)")
     # Work
     engine: Literal["local", "ray"] = _option("local", "processes here, or a Ray cluster: docs/data.md (local)")
     workers: int = _option(0, "processes of the local engine (all cores)")
-    timeout: float = _option(20.0, "seconds for one download (20)")
-    retries: int = _option(3, "further tries of a download that failed (3)")
-    max_bytes: int = _option(50_000_000, "longest download in bytes (50000000)")
-    per_host: int = _option(8, "connections to one host at a time (8)")
+    timeout: float = _number(20.0, "seconds for one download (20)", 0, above=True)
+    retries: int = _number(3, "further tries of a download that failed (3)", 0)
+    max_bytes: int = _number(50_000_000, "longest download in bytes (50000000)")
+    per_host: int = _number(8, "connections to one host at a time (8)")
     copies: str = _option(COPIES, f"folder where remote shards are kept while they are read ({COPIES})")
-    copies_gb: float = _option(50.0, "most gigabytes of them (50)")
+    copies_gb: float = _number(50.0, "most gigabytes of them (50)", 0, above=True)
 
     def outcome(self) -> dict[str, Any]:
         """The options that the bytes of the shards follow from."""
@@ -93,35 +101,14 @@ def check(config: PrepareConfig) -> None:
     """UserError for settings that cannot work, whatever the sources."""
     from PIL import ImageColor
 
-    least: dict[str, Callable[[Any], bool]] = {
-        "size": lambda v: v >= 8,
-        "bucket_step": lambda v: v is None or 1 <= v <= config.size,
-        "max_megapixels": lambda v: 0 < v <= 178,
-        "min_size": lambda v: v >= 0,
-        "max_aspect": lambda v: v >= 1,
-        "near_distance": lambda v: 0 <= v <= 16,
-        "quality": lambda v: 1 <= v <= 100,
-        "min_caption": lambda v: v >= 1,
-        "max_caption": lambda v: v >= config.min_caption,
-        "shard_size": lambda v: 1 <= v <= 10_000,
-        "holdout": lambda v: 0 <= v < 1,
-        "limit_per_source": lambda v: v is None or v >= 1,
-        "timeout": lambda v: v > 0,
-        "retries": lambda v: v >= 0,
-        "max_bytes": lambda v: v >= 1,
-        "per_host": lambda v: v >= 1,
-        "copies_gb": lambda v: v > 0,
-    }
-    ranges = {
-        "size": "8 or more pixels", "bucket_step": "1 to the size", "near_distance": "0 to 16", "quality": "1 to 100",
-        "max_caption": "at least the shortest", "shard_size": "1 to 10000", "holdout": "0 to less than 1, such as 0.02",
-        "max_megapixels": "more than 0 and at most 178, where Pillow stops", "min_size": "0 or more",
-        "timeout": "more than 0", "copies_gb": "more than 0", "retries": "0 or more",
-    }  # fmt: skip
-    for name, holds in least.items():
-        if not holds(getattr(config, name)):
-            value = getattr(config, name)
-            raise UserError(f"{name.replace('_', ' ')} {value} cannot be: give {ranges.get(name, '1 or more')}")
+    for field in dataclasses.fields(config):
+        value, range_ = getattr(config, field.name), field.metadata.get("range")
+        if range_ and value is not None and not range_[0](value):
+            raise UserError(f"{field.name.replace('_', ' ')} {value} cannot be: give {range_[1]}")
+    if config.bucket_step and config.bucket_step > config.size:
+        raise UserError(f"bucket step {config.bucket_step} cannot be: give 1 to the size")
+    if config.max_caption < config.min_caption:
+        raise UserError(f"max caption {config.max_caption} cannot be: give at least the shortest, {config.min_caption}")
     for name in config.formats:
         if name not in READABLE:
             raise UserError(f"no format is called {name!r}{nearest(name, list(READABLE))}: {', '.join(READABLE)}")
@@ -148,7 +135,7 @@ def add_flags(parser: argparse.ArgumentParser, **defaults: Any) -> None:
     """A flag for every setting; `defaults` take the place of those of the dataclass."""
     hints = typing.get_type_hints(PrepareConfig)
     for field in dataclasses.fields(PrepareConfig):
-        about: dict[str, Any] = dict(field.metadata)
+        about: dict[str, Any] = {name: value for name, value in field.metadata.items() if name != "range"}
         flag = about.pop("flag", "--" + field.name.replace("_", "-"))
         kinds = [kind for kind in typing.get_args(hints[field.name]) if kind is not type(None)]
         if hints[field.name] is bool:

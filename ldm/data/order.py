@@ -9,7 +9,7 @@ samples cost what the shuffle windows hold, and eight bytes a shard.
 
 import bisect
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -54,11 +54,14 @@ class Order:
         if not self.length:
             raise ValueError("an order needs at least one sample")
         self._size = readers * max(window, 1024)  # rows worked out at a time: few enough to keep, many enough to pay
-        self._forget()
 
-    def _forget(self) -> None:
-        self._dealt = functools.lru_cache(2)(self._deal)  # a batch may span two epochs
-        self._block = functools.lru_cache(3)(self._shuffled)
+    @functools.cached_property
+    def _dealt(self) -> Callable[[int], list[Reader]]:
+        return functools.lru_cache(2)(self._deal)  # a batch may span two epochs
+
+    @functools.cached_property
+    def _block(self) -> Callable[[int, int], Ints]:
+        return functools.lru_cache(3)(self._shuffled)
 
     def __len__(self) -> int:
         """The samples of an epoch."""
@@ -70,10 +73,6 @@ class Order:
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name not in ("_dealt", "_block")}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._forget()
 
     def rows(self, positions: Ints) -> Ints:
         """The sample at each position, numbered from 0 over all the shards in their given order."""

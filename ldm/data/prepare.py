@@ -26,11 +26,10 @@ from ldm.data import duplicates, engine
 from ldm.data.engine import Tick
 from ldm.data.fetch import Downloads
 from ldm.data.options import PrepareConfig, check, check_names
-from ldm.data.page import page
-from ldm.data.report import count, measure
+from ldm.data.report import count, measure, page
 from ldm.data.shards import Entry, write_manifest, write_shard
-from ldm.data.sources import Raw, Reader, Source, open_sources
-from ldm.data.spool import Piece, Spool, Spooling
+from ldm.data.sources import Raw, Source, open_sources
+from ldm.data.spool import Spool, Spooling
 from ldm.data.stages import Dropped, Record, Stage, choosing, making, run, small, unreadable
 from ldm.errors import UserError
 from ldm.files import replacing, sha256, write_json
@@ -103,7 +102,8 @@ def _make(
 ) -> None:
     """The three passes over what is missing; the finished shards' stats go to `done`."""
     work = Path(config.out) / _WORK
-    readers, pieces, moved = _spools(jobs, sources, config, work)
+    readers = _readers(jobs, sources, config, work)
+    pieces = [p for n, spool in enumerate(readers) if isinstance(spool, Spool) for p in spool.pieces(n)]
     picked = sum(len(job.picks) for job in jobs)
     prints = [work / f"prints-{n:06d}.npz" for n in range(len(jobs) if config.duplicates != "keep" else 0)]
     total = picked + sum(len(piece.rows) for piece in pieces) + picked * bool(prints)
@@ -130,11 +130,11 @@ def _make(
         missing = [p for p in pieces if sources[p.source].downloads is fetched and not p.path.exists()]
         collections.deque(go(Spooling(sources), missing, _fetchers(config) if fetched else most), 0)
     if prints:
-        todo = [(path, job) for path, job in zip(prints, moved, strict=True) if not path.exists()]
+        todo = [(path, job) for path, job in zip(prints, jobs, strict=True) if not path.exists()]
         collections.deque(go(Printing([s.name for s in sources], readers, config), todo, most), 0)
-        moved = _told_apart(moved, prints, config)
+        jobs = _told_apart(jobs, prints, config)
     shards = Making([source.name for source in sources], readers, config)
-    for job, stats in go(shards, [job for job in moved if job.path not in done], most):
+    for job, stats in go(shards, [job for job in jobs if job.path not in done], most):
         done[job.path] = stats
 
 
@@ -196,36 +196,18 @@ def _finished(shard: Path) -> dict[str, Any] | None:
     return known if sound else None
 
 
-def _spools(
-    jobs: Sequence[Job], sources: Sequence[Source], config: PrepareConfig, work: Path
-) -> tuple[list[Reader], list[Piece], list[Job]]:
-    """What to read each source from, the pieces to copy for that, and the jobs with rows as they are numbered there.
-
-    Copied are downloads, and in a mixed order what cannot be read fast out of order: each job would read all of it.
-    """
-    rows: dict[int, Any] = collections.defaultdict(list)
+def _readers(jobs: Sequence[Job], sources: Sequence[Source], config: PrepareConfig, work: Path) -> list[Source | Spool]:
+    """What to read each source from: a copy for downloads, and in a mixed order for what is slow to read out of order,
+    all of which each job would read."""
+    rows: dict[int, list[int]] = collections.defaultdict(list)
     for pick in itertools.chain.from_iterable(job.picks for job in jobs):
         rows[pick.source].append(pick.row)
-    readers: list[Reader] = list(sources)
-    pieces: list[Piece] = []
-    for number, source in enumerate(sources):
-        if rows[number] and (source.downloads or (config.order == "mixed" and not source.random)):
-            rows[number] = np.sort(np.array(rows[number]))
-            readers[number] = spool = Spool(work / f"rows-{number}")
-            pieces += spool.pieces(number, rows[number].tolist())
-    moved = [
-        dataclasses.replace(
-            job,
-            picks=[
-                pick._replace(row=int(np.searchsorted(rows[pick.source], pick.row)))
-                if isinstance(readers[pick.source], Spool)
-                else pick
-                for pick in job.picks
-            ],
-        )
-        for job in jobs
+    return [
+        Spool(work / f"rows-{number}", np.sort(rows[number]))
+        if rows[number] and (source.downloads or (config.order == "mixed" and not source.random))
+        else source
+        for number, source in enumerate(sources)
     ]
-    return readers, pieces, moved
 
 
 def _told_apart(jobs: Sequence[Job], prints: Sequence[Path], config: PrepareConfig) -> list[Job]:
@@ -261,7 +243,7 @@ class Printing:
     """The work of taking the prints of those pictures of a job that are not dropped for another reason."""
 
     names: Sequence[str]
-    readers: Sequence[Reader]
+    readers: Sequence[Source | Spool]
     config: PrepareConfig
 
     def __call__(self, part: tuple[Path, Job], tick: Tick) -> None:
@@ -293,13 +275,12 @@ class Making:
     """The work of writing one shard and what is known of it; it returns the latter."""
 
     names: Sequence[str]
-    readers: Sequence[Reader]
+    readers: Sequence[Source | Spool]
     config: PrepareConfig
 
     def __call__(self, job: Job, tick: Tick) -> dict[str, Any]:
-        stages = {**choosing(self.config, self.names), "duplicates": _once(job), **making(self.config)}
-        if self.config.duplicates == "keep":
-            del stages["duplicates"]
+        once = {"duplicates": _once(job)} if self.config.duplicates != "keep" else {}
+        stages = {**choosing(self.config, self.names), **once, **making(self.config)}
         kept: dict[tuple[int, int], Record] = {}
         refused: list[tuple[str, str, str]] = []
         seen: collections.Counter[str] = collections.Counter()
@@ -309,15 +290,9 @@ class Making:
             else:
                 kept[record.place] = record._replace(image=None)  # the pixels are encoded
         records = [kept[pick[:2]] for pick in job.picks if pick[:2] in kept]
-        buckets = {f"{w}x{h}": 0 for w, h in self.config.buckets()}
-        for record in records:
-            buckets[record.bucket] = buckets.get(record.bucket, 0) + 1
-        if self.config.buckets():
-            rank = {name: number for number, name in enumerate(buckets)}
-            records.sort(key=lambda record: rank[record.bucket])
-            buckets = {name: number for name, number in buckets.items() if number}
-        else:
-            buckets = {}
+        rank = {f"{w}x{h}": number for number, (w, h) in enumerate(self.config.buckets())}
+        records.sort(key=lambda record: rank.get(record.bucket, 0))
+        buckets = dict(collections.Counter(record.bucket for record in records if record.bucket))
         entry = dataclasses.replace(write_shard(job.path, _members(job, records)), buckets=buckets)
         stats = {
             "shard": dataclasses.asdict(entry),
@@ -345,7 +320,7 @@ def _once(job: Job) -> Stage:
 def _records(
     job: Job,
     names: Sequence[str],
-    readers: Sequence[Reader],
+    readers: Sequence[Source | Spool],
     stages: Mapping[str, Stage],
     seen: collections.Counter[str],
     tick: Tick,

@@ -54,18 +54,20 @@ def fetch_small(url: str) -> bytes | None:
     return None
 
 
-def sizes(urls: Sequence[str]) -> list[int | None]:
-    """The bytes of each file, -1 where the server does not tell them, None where there is no such file."""
+def sizes(places: Sequence[Path | str]) -> list[int | None]:
+    """The bytes of each file or URL, -1 where a server does not tell them, None where there is no such file."""
 
-    def size(url: str) -> int | None:
-        system, path = place(url)
-        with suppress(FileNotFoundError), reaching(url):
+    def size(file: Path | str) -> int | None:
+        with suppress(FileNotFoundError), reaching(str(file)):
+            if isinstance(file, Path):
+                return file.stat().st_size if file.is_file() else None
+            system, path = place(file)
             found = system.info(path)["size"]
             return -1 if found is None else int(found)
         return None
 
     with ThreadPoolExecutor(16) as pool:
-        return list(pool.map(size, urls))
+        return list(pool.map(size, places))
 
 
 @dataclass(frozen=True)

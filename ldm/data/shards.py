@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import json
 import tarfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -159,7 +159,9 @@ def write_shard(path: Path, samples: Iterable[tuple[str, Mapping[str, bytes]]]) 
             for key, members in samples:
                 count += 1
                 for extension, data in members.items():
-                    tar.write(_header(f"{key}.{extension}", len(data)) + data + bytes(-len(data) % tarfile.BLOCKSIZE))
+                    header = tarfile.TarInfo(f"{key}.{extension}")
+                    header.size = len(data)
+                    tar.write(header.tobuf(tarfile.USTAR_FORMAT) + data + bytes(-len(data) % tarfile.BLOCKSIZE))
             end = tar.tell() + 2 * tarfile.BLOCKSIZE
             tar.write(bytes(2 * tarfile.BLOCKSIZE + -end % tarfile.RECORDSIZE))
         size, digest = temporary.stat().st_size, sha256(temporary)
@@ -167,23 +169,6 @@ def write_shard(path: Path, samples: Iterable[tuple[str, Mapping[str, bytes]]]) 
             index.write_bytes(scan(temporary, hashed=True)[1].tobytes())
             indexed = sha256(index)
     return Entry(path.name, count, size, digest, indexed)
-
-
-def _header(name: str, size: int) -> bytes:
-    """As tarfile writes it, with time, user and group 0, in a fifteenth of its time."""
-    path, block = name.encode(), bytearray(_header_of_none())
-    if len(path) > tarfile.LENGTH_NAME or size >= 8**11:
-        info = tarfile.TarInfo(name)
-        info.size = size
-        return info.tobuf(tarfile.USTAR_FORMAT)
-    block[: len(path)], block[124:135] = path, b"%011o" % size
-    block[148:155] = b"%06o\0" % (sum(block[:148]) + sum(block[156:]) + 8 * 32)
-    return bytes(block)
-
-
-@functools.cache
-def _header_of_none() -> bytes:
-    return tarfile.TarInfo("").tobuf(tarfile.USTAR_FORMAT)
 
 
 def write_manifest(folder: Path, entries: Sequence[Entry]) -> None:
@@ -224,28 +209,24 @@ class Shards:
         self.paths = [path for paths in found for path in paths]
         self.sources = [source for source, paths in enumerate(found) for _ in paths]
         broken: list[tuple[int, str]] = []
-        self.entries = [self._entry(path, size, broken) for path, size in self._sizes()]
+        self.entries = [self._entry(*found, broken) for found in zip(self.paths, self._sizes(), strict=True)]
         self.counts = [entry.samples for entry in self.entries]
         self.ends = np.cumsum(self.counts)
         if sum(count for count, _ in broken) > tolerate * sum(self.counts):
             raise Damaged(broken[0][1])
         if not sum(self.counts):
             raise UserError(f"shards {'::'.join(patterns)!r} hold no samples: prepare the data again")
-        self._forget()
 
-    def _sizes(self) -> list[tuple[Place, int]]:
-        """Each shard and its bytes, -1 where a server does not tell them. UserError where one is not there."""
-        remote = [path for path in self.paths if isinstance(path, str)]
+    def _sizes(self) -> list[int]:
+        """The bytes of each shard, -1 where a server does not tell them. UserError where one is not there."""
+        remote = next((path for path in self.paths if isinstance(path, str)), None)
         if remote and self.cache is None:
-            raise UserError(f"shards {remote[0]!r} are not local files: copy them to a local folder first")
-        known: dict[Place, int | None] = dict(zip(remote, sizes(remote), strict=True))
-        for path in self.paths:
-            if isinstance(path, Path):
-                known[path] = path.stat().st_size if path.is_file() else None
-        missing = [path for path in self.paths if known[path] is None]
+            raise UserError(f"shards {remote!r} are not local files: copy them to a local folder first")
+        found = sizes(self.paths)
+        missing = [path for path, size in zip(self.paths, found, strict=True) if size is None]
         if missing:
             raise UserError(f"shard {str(missing[0])!r} is not there ({len(missing)} of {len(self.paths)} missing)")
-        return [(path, known[path] or 0) for path in self.paths]
+        return [size or 0 for size in found]
 
     def _entry(self, path: Place, size: int, broken: list[tuple[int, str]]) -> Entry:
         folder, _, name = str(path).rpartition("/")
@@ -262,15 +243,12 @@ class Shards:
             broken.append((known.samples, text))
         return known
 
-    def _forget(self) -> None:
-        self._opened = functools.lru_cache(_OPEN_SHARDS)(self._open)
+    @functools.cached_property
+    def _opened(self) -> Callable[[int], Opened | str]:
+        return functools.lru_cache(_OPEN_SHARDS)(self._open)
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, Any]:  # open files stay in the process that opened them
         return {key: value for key, value in self.__dict__.items() if key != "_opened"}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:  # open files stay in the process that opened them
-        self.__dict__.update(state)
-        self._forget()
 
     def _open(self, shard: int) -> Opened | str:
         """A shard in use, or what is wrong with it."""
@@ -334,14 +312,6 @@ class Shards:
     def keys(self, shard: int) -> list[str]:
         """The keys of a shard's samples. Damaged where it is cut short or no tar."""
         return scan(self._local(shard))[0]
-
-    def image(self, shard: int, index: int) -> bytes:
-        """The bytes of the image of a sample. Damaged where there is none."""
-        return self.sample(shard, index).image
-
-    def describe(self, shard: int, index: int) -> dict[str, Any]:
-        """The columns of a sample with its `captions`. Damaged where it has none."""
-        return self.sample(shard, index).about()
 
     def runs(self) -> list["Run"]:
         """The samples of one size after another. UserError for a shard that was made without sizes."""

@@ -41,30 +41,19 @@ class Raw(NamedTuple):
 
 
 @runtime_checkable
-class Reader(Protocol):
-    """Pictures by row number."""
+class Source(Protocol):
+    """Pictures by row number.
 
-    @property
-    def random(self) -> bool:
-        """Whether rows are read as fast in any order and twice. If not, they are copied first where that matters."""
-        ...
-
-    def read(self, rows: Sequence[int]) -> Iterator[Raw | UserError]:
-        """The rows asked for, in order; an error in the place of one that cannot be had."""
-        ...
-
-
-@runtime_checkable
-class Source(Reader, Protocol):
-    """A reader that knows its rows."""
+    random: whether rows are read as fast in any order and twice; if not, they are copied first where that matters.
+    downloads: whether reading fetches each picture from elsewhere.
+    """
 
     @property
     def name(self) -> str: ...
-
     @property
-    def downloads(self) -> bool:
-        """Whether reading fetches each picture from elsewhere."""
-        ...
+    def random(self) -> bool: ...
+    @property
+    def downloads(self) -> bool: ...
 
     def ids(self) -> list[str]:
         """What tells each row apart, whatever the order of files on a disk."""
@@ -72,6 +61,10 @@ class Source(Reader, Protocol):
 
     def stamp(self) -> str:
         """Changes when the source does."""
+        ...
+
+    def read(self, rows: Sequence[int]) -> Iterator[Raw | UserError]:
+        """The rows asked for, in order; an error in the place of one that cannot be had."""
         ...
 
 
@@ -222,7 +215,7 @@ def _listed(path: str) -> list[dict[str, Any]]:
     return rows
 
 
-def _open_parquet(name: str, paths: Sequence[str], limits: Downloads) -> "Source":
+def _open_parquet(name: str, paths: Sequence[str], limits: Downloads) -> "ParquetSource":
     """Parquet files of pictures, or of rows that say where they are."""
     source = ParquetSource(name, tuple(paths))
     names = source.check()
@@ -231,17 +224,23 @@ def _open_parquet(name: str, paths: Sequence[str], limits: Downloads) -> "Source
     column = next((c for c in REFERENCES if c in names), None)
     if column is None:
         raise UserError(f"{paths[0]!r} has no column of image bytes, paths or URLs, only {', '.join(names)}")
-    return ParquetReferences(source, References(name, paths[0].rpartition("/")[0] or ".", [], column, limits))
+    places = References(name, paths[0].rpartition("/")[0] or ".", [], column, limits)
+    return dataclasses.replace(source, places=places)
 
 
 @dataclass(frozen=True)
 class ParquetSource:
-    """Parquet files with an image column (bytes, or a struct with bytes) and columns of captions (text, or lists)."""
+    """Parquet files with an image column (bytes, or a struct with bytes), or whose rows say where pictures are, as
+    img2dataset takes them: `places`. Captions are text, or lists of it."""
 
     name: str
     paths: tuple[str, ...]
+    places: References | None = None
     random: bool = dataclasses.field(default=False, init=False)
-    downloads: bool = dataclasses.field(default=False, init=False)
+
+    @property
+    def downloads(self) -> bool:
+        return self.places is not None
 
     def ids(self) -> list[str]:
         found: list[str] = []
@@ -266,6 +265,10 @@ class ParquetSource:
         return json.dumps([one(path) for path in self.paths])
 
     def read(self, rows: Sequence[int]) -> Iterator[Raw | UserError]:
+        if self.places:
+            told = [row | {self.places.column: row[self.places.column] or ""} for row in self.rows(rows)]
+            yield from dataclasses.replace(self.places, rows=told).read(range(len(told)))
+            return
         image = self.image_column()
         for columns in self.rows(rows):
             value = columns.pop(image or "", None)
@@ -333,31 +336,6 @@ def _row_groups(paths: tuple[str, ...]) -> list[tuple[int, int, int]]:
         sizes += [(about.row_group(g).num_rows, number, g) for g in range(about.num_row_groups)]
     firsts = itertools.accumulate((size for size, _, _ in sizes), initial=0)
     return [(first, number, group) for first, (_, number, group) in zip(firsts, sizes, strict=False)]
-
-
-@dataclass(frozen=True)
-class ParquetReferences:
-    """Parquet files whose rows say where pictures are, as img2dataset takes them."""
-
-    table: ParquetSource
-    references: References
-    downloads: bool = dataclasses.field(default=True, init=False)
-    random: bool = dataclasses.field(default=False, init=False)
-
-    @property
-    def name(self) -> str:
-        return self.table.name
-
-    def ids(self) -> list[str]:
-        return self.table.ids()
-
-    def stamp(self) -> str:
-        return self.table.stamp()
-
-    def read(self, rows: Sequence[int]) -> Iterator[Raw | UserError]:
-        column = self.references.column
-        found = [{**columns, column: columns[column] or ""} for columns in self.table.rows(rows)]
-        return dataclasses.replace(self.references, rows=found).read(range(len(found)))
 
 
 class ShardSource:

@@ -1,24 +1,27 @@
-"""A copy of the rows of a source that is slow to read out of order, such as downloads: Arrow files, mapped to memory.
+"""A copy of the rows of a source that is slow to read out of order, such as downloads: shards of so many rows each.
 
-Each file holds a fixed number of rows, and is whole or not there. What could not be had stays an error in it, so that
-reading twice gives the same twice.
+Each is whole or not there. What could not be had stays an error in it, so that reading twice gives the same twice.
 """
 
 import functools
-import itertools
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import BinaryIO
 
+import numpy as np
+
+from ldm.data import tars
 from ldm.data.engine import Tick
+from ldm.data.order import Ints
+from ldm.data.shards import write_shard
 from ldm.data.sources import Raw, Source
+from ldm.data.tars import Damaged, Index
 from ldm.errors import UserError
-from ldm.files import replacing
 
 ROWS = 1000  # of a file
-_BATCH = 20  # rows in memory while writing
+_PICTURE = "jpg"  # in which format ever
 
 
 @dataclass(frozen=True)
@@ -32,40 +35,33 @@ class Piece:
 
 @dataclass(frozen=True)
 class Spool:
-    """The rows of one source that were chosen, numbered from 0 in their order there."""
+    """The rows of one source that were chosen, in rising order."""
 
     folder: Path
-    random: bool = field(default=True, init=False)
+    rows: Ints
 
     def path(self, number: int) -> Path:
-        return self.folder / f"{number:06d}.arrow"
+        return self.folder / f"{number:06d}.tar"
 
-    def pieces(self, source: int, rows: Sequence[int]) -> list[Piece]:
-        """All the files, for the rows chosen, in rising order."""
-        return [
-            Piece(source, self.path(n), list(rows[start : start + ROWS]))
-            for n, start in enumerate(range(0, len(rows), ROWS))
-        ]
+    def pieces(self, source: int) -> list[Piece]:
+        """All the files."""
+        starts = enumerate(range(0, len(self.rows), ROWS))
+        return [Piece(source, self.path(n), self.rows[start : start + ROWS].tolist()) for n, start in starts]
 
     def read(self, rows: Sequence[int]) -> Iterator[Raw | UserError]:
-        """The rows by their number here."""
-        import pyarrow as pa
-
-        at, columns, images = -1, pa.array([]), pa.array([])
-        for row in rows:
-            batch, index = divmod(row, _BATCH)  # ROWS is a multiple of it
-            if batch != at:
-                at, found = batch, _open(self.path(row // ROWS)).get_batch(batch % (ROWS // _BATCH))
-                columns, images = found.column(0), found.column(1)
-            about = json.loads(columns[index].as_py())
-            yield Raw(images[index].as_py(), about) if isinstance(about, dict) else UserError(about)
+        """The rows by their number in the source."""
+        for number in np.searchsorted(self.rows, rows).tolist():
+            file, index = _open(self.path(number // ROWS))
+            found = tars.read(file.fileno(), index[number % ROWS], check=True)
+            if found is None:
+                raise Damaged(f"{file.name!r} was altered: remove it and run again")
+            about = json.loads(found[1]["json"])
+            yield Raw(found[1][_PICTURE], about) if isinstance(about, dict) else UserError(about)
 
 
-@functools.lru_cache(16384)
-def _open(path: Path) -> Any:
-    import pyarrow as pa
-
-    return pa.ipc.open_file(pa.memory_map(str(path)))
+@functools.lru_cache(256)
+def _open(path: Path) -> tuple[BinaryIO, Index]:
+    return path.open("rb"), tars.parse_index(path.with_suffix(".idx").read_bytes())
 
 
 @dataclass(frozen=True)
@@ -75,16 +71,10 @@ class Spooling:
     sources: Sequence[Source]
 
     def __call__(self, piece: Piece, tick: Tick) -> None:
-        import pyarrow as pa
+        def samples() -> Iterator[tuple[str, dict[str, bytes]]]:
+            for row, raw in zip(piece.rows, self.sources[piece.source].read(piece.rows), strict=True):
+                tick()
+                about, image = (str(raw), b"") if isinstance(raw, UserError) else (raw.columns, raw.image)
+                yield f"{row}", {"json": json.dumps(about).encode(), _PICTURE: image}
 
-        schema = pa.schema(
-            [("columns", pa.string()), ("image", pa.large_binary())]
-        )  # or the text of an error, and none
-        raws = self.sources[piece.source].read(piece.rows)
-        with replacing(piece.path) as temporary, pa.ipc.new_file(str(temporary), schema) as file:
-            while rows := list(itertools.islice(raws, _BATCH)):
-                texts = [json.dumps(str(row) if isinstance(row, UserError) else row.columns) for row in rows]
-                images = [b"" if isinstance(row, UserError) else row.image for row in rows]
-                file.write_batch(pa.record_batch([texts, pa.array(images, pa.large_binary())], schema=schema))
-                for _ in rows:
-                    tick()
+        write_shard(piece.path, samples())

@@ -61,15 +61,8 @@ class Source(NamedTuple):
 
 def sources(shards: str) -> list[Source]:
     """The parts of `a/{00,01}.tar:0.7,b:0.3`. UserError where some have no weight."""
-    parts, depth = [""], 0
-    for letter in shards:
-        depth += {"{": 1, "}": -1}.get(letter, 0)
-        if letter == "," and depth == 0:
-            parts.append("")
-        else:
-            parts[-1] += letter
     found = []
-    for part in parts:
+    for part in re.split(r",(?![^{]*})", shards):  # no comma inside braces
         match = re.fullmatch(r"(.*?)(?::(-?[\d./]+))?", part.strip())
         assert match  # all of it is optional
         found.append(Source(match[1], match[2] or ""))

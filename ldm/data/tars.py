@@ -85,7 +85,12 @@ def read(file: int, record: np.void, *, check: bool) -> tuple[str, dict[str, byt
 def load_index(path: Path, sha256: str) -> Index | None:
     """The index in a file; None where it is not there, or is not the one of this digest."""
     data = path.read_bytes() if path.is_file() else b""
-    return np.frombuffer(data, _RECORD) if data and hashlib.sha256(data).hexdigest() == sha256 else None
+    return parse_index(data) if data and hashlib.sha256(data).hexdigest() == sha256 else None
+
+
+def parse_index(data: bytes) -> Index:
+    """The index that an .idx file holds."""
+    return np.frombuffer(data, _RECORD)
 
 
 def split(name: str) -> tuple[str, str]:

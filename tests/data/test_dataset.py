@@ -41,8 +41,8 @@ def test_a_batch_is_what_lies_in_the_shards(config):
     shards = Shards(config.shards)
     (shard,), (index,) = (part.tolist() for part in locate(shards.ends, dataset.stream.rows(np.array([70]))))
     assert batch["key"][1] == shards.keys(shard)[index]
-    assert batch["caption"][1] in shards.describe(shard, index)["captions"]
-    pixels = np.asarray(decode(shards.image(shard, index)))
+    assert batch["caption"][1] in shards.sample(shard, index).about()["captions"]
+    pixels = np.asarray(decode(shards.sample(shard, index).image))
     assert np.array_equal(batch["image"][1].permute(1, 2, 0).numpy(), pixels)
     assert same(dataset[70], dataset.__getitems__([70]))
 
@@ -56,7 +56,7 @@ def test_every_caption_is_drawn_and_keyed_by_position(config):
     shards = Shards(config.shards)
     for shard in range(2):
         for index, key in enumerate(shards.keys(shard)):
-            assert drawn[key] == set(shards.describe(shard, index)["captions"])
+            assert drawn[key] == set(shards.sample(shard, index).about()["captions"])
     assert open_dataset(config).__getitems__([1234])["caption"] == dataset.__getitems__([1234])["caption"]
 
 
@@ -92,8 +92,8 @@ def test_validation_is_plain_and_in_order(config):
     shards = Shards(config.validation)
     places = [(shard, index) for shard in range(2) for index in range(shards.counts[shard])]
     assert batch["key"] == [shards.keys(s)[i] for s, i in places]
-    assert batch["caption"] == [shards.describe(s, i)["captions"][0] for s, i in places]
-    pixels = np.stack([np.asarray(decode(shards.image(s, i))) for s, i in places])
+    assert batch["caption"] == [shards.sample(s, i).about()["captions"][0] for s, i in places]
+    pixels = np.stack([np.asarray(decode(shards.sample(s, i).image)) for s, i in places])
     assert np.array_equal(batch["image"].permute(0, 2, 3, 1).numpy(), pixels)
 
 

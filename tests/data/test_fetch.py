@@ -214,7 +214,7 @@ def test_a_preparation_downloads_each_picture_once(server, urls, tmp_path, order
         "download failed": 5,
         "the server asks not to train on it": 5,
     }
-    columns = Shards(str(tmp_path / "out")).describe(0, 0)
+    columns = Shards(str(tmp_path / "out")).sample(0, 0).about()
     assert columns["url"].startswith(server.url) and columns["captions"] == [f"thing {columns['url'].split('/')[-1]}"]
     assert max(n for path, n in server.asked.items() if path.startswith("/picture")) <= 2  # once, and by a redirect
     before = server.asked.total()

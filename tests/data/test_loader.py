@@ -25,7 +25,7 @@ def config(folder) -> DataConfig:
     shards = Shards(str(folder))
     for shard, index in ((0, 1), (2, 6)):
         data = bytearray(shards.paths[shard].read_bytes())
-        data[data.index(shards.image(shard, index)) + 30] ^= 4
+        data[data.index(shards.sample(shard, index).image) + 30] ^= 4
         shards.paths[shard].write_bytes(data)
     return DataConfig(shards=str(folder), size=16, seed=2, workers=0, max_damaged=0.2)
 

@@ -42,7 +42,7 @@ def samples(folder) -> dict[str, dict]:
     """id -> the columns of each sample, with its bytes and shard."""
     shards = Shards(str(folder))
     places = [(s, i) for s, count in enumerate(shards.counts) for i in range(count)]
-    found = [{**shards.describe(s, i), "image": shards.image(s, i), "shard": s} for s, i in places]
+    found = [{**shards.sample(s, i).about(), "image": shards.sample(s, i).image, "shard": s} for s, i in places]
     return {columns["id"]: columns for columns in found}
 
 
@@ -57,7 +57,7 @@ def test_shards_as_img2dataset_lays_them_out(photos, tmp_path):
     assert all(entry.sha256 == sha256(tmp_path / "out" / entry.name) for entry in manifest.values())
     shards = Shards(str(tmp_path / "out"))
     assert shards.keys(1) == [f"00001{n:04d}" for n in range(7)]
-    about = shards.describe(1, 2)
+    about = shards.sample(1, 2).about()
     number = about["text"].split()[1]
     assert about == {
         "id": f"{number}.png",
@@ -229,10 +229,10 @@ def test_buckets_lie_in_the_shard_as_its_manifest_says(tmp_path, picture, photos
     shards = Shards(str(tmp_path / "out"))
     for shard, entry in enumerate(read_manifest(tmp_path / "out").values()):
         named = [name for name, number in entry.buckets.items() for _ in range(number)]
-        about = [shards.describe(shard, i) for i in range(10)]
+        about = [shards.sample(shard, i).about() for i in range(10)]
         assert [columns["bucket"] for columns in about] == named == [f"{c['width']}x{c['height']}" for c in about]
         for i, columns in enumerate(about):
-            with Image.open(io.BytesIO(shards.image(shard, i))) as image:
+            with Image.open(io.BytesIO(shards.sample(shard, i).image)) as image:
                 assert image.size == (columns["width"], columns["height"])
             assert (columns["original_height"], columns["original_width"]) == sizes[
                 int(columns["id"].split(".")[0]) % 5
@@ -330,7 +330,7 @@ def test_another_preparation_is_not_overwritten(photos, tmp_path):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"size": 4}, "size 4 cannot be: give 8 or more pixels"),
+        ({"size": 4}, "size 4 cannot be: give 8 or more"),
         ({"bucket_step": 17}, "bucket step 17 cannot be: give 1 to the size"),
         ({"resize": "buckets", "bucket_step": 15, "max_aspect": 1.0}, "no bucket of about 16 x 16 pixels"),
         ({"max_megapixels": 179.0}, "max megapixels 179.0 cannot be"),

@@ -30,9 +30,9 @@ def test_every_flag_reaches_the_shards(assets, tmp_path):
     train, val = Shards(str(tmp_path / "out")), Shards(str(tmp_path / "out/val"))
     assert sum(train.counts) + sum(val.counts) == 50
     assert max(train.counts) == 9
-    about = train.describe(0, 0)
+    about = train.sample(0, 0).about()
     assert (about["width"], sorted(train.sample(0, 0).members)) == (32, ["jpg", "json", "txt"])
-    assert all(len(train.describe(0, i)["captions"]) <= 2 for i in range(9))
+    assert all(len(train.sample(0, i).about()["captions"]) <= 2 for i in range(9))
     assert f"{sum(train.counts)} + {sum(val.counts)} samples" in done.stdout
     assert "'the {none}' made no caption" in done.stdout
     assert len(list(tmp_path.glob("out/*.tar"))) == len(train.counts)

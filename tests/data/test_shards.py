@@ -67,9 +67,9 @@ def test_webdataset_reads_what_is_written(folder, picture):
 def test_random_access(folder, picture):
     shards = Shards(f"{folder}/{{00000..00002}}.tar")
     assert shards.counts == [5, 6, 7]
-    assert shards.image(2, 4) == picture(24)
-    assert shards.describe(1, 3)["captions"] == ["thing 13", "a thing 13"]
-    assert pickle.loads(pickle.dumps(shards)).image(0, 1) == picture(1)  # as a worker process gets it
+    assert shards.sample(2, 4).image == picture(24)
+    assert shards.sample(1, 3).about()["captions"] == ["thing 13", "a thing 13"]
+    assert pickle.loads(pickle.dumps(shards)).sample(0, 1).image == picture(1)  # as a worker process gets it
 
 
 def test_without_a_manifest_the_samples_are_counted(folder):
@@ -94,12 +94,12 @@ def test_tars_of_other_tools(tmp_path, kind):
     shards = Shards(str(tmp_path / "a.tar"))
     assert [sorted(shards.sample(0, i).members) for i in range(2)] == [["txt"], ["jpg"]]
     assert shards.sample(0, 1).image == b"3"
-    assert Shards(str(tmp_path / "a.tar")).describe(0, 0)["captions"] == ["one"]
+    assert Shards(str(tmp_path / "a.tar")).sample(0, 0).about()["captions"] == ["one"]
 
 
 def test_a_caption_column_of_text_is_one_caption(tmp_path):
     write_shard(tmp_path / "a.tar", [("0", {"png": b"", "json": b'{"captions": "a cat"}'})])
-    assert Shards(str(tmp_path / "a.tar")).describe(0, 0)["captions"] == ["a cat"]
+    assert Shards(str(tmp_path / "a.tar")).sample(0, 0).about()["captions"] == ["a cat"]
 
 
 @pytest.mark.parametrize("manifest", [True, False])
@@ -130,7 +130,7 @@ def test_a_manifest_of_other_shards_is_seen(folder):
     ):
         write_manifest(folder, list((manifest | {path.name: wrong}).values()))
         with pytest.raises(Damaged, match=message):
-            Shards(str(path)).image(0, 0)
+            Shards(str(path)).sample(0, 0)
 
 
 @pytest.mark.parametrize("text", ["[]", "{", '{"shards": [{"name": "x"}]}'])
@@ -154,8 +154,8 @@ def test_damaged_samples_are_named(tmp_path, members, message):
     write_shard(tmp_path / "a.tar", [("7", members)])
     shards = Shards(str(tmp_path / "a.tar"))
     with pytest.raises(Damaged, match=message):
-        shards.image(0, 0)
-        shards.describe(0, 0)
+        assert shards.sample(0, 0).image
+        shards.sample(0, 0).about()
 
 
 def test_empty_shards_are_refused(tmp_path):

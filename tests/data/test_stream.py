@@ -147,7 +147,7 @@ def test_a_stand_in_has_the_same_size(sized):
     path = shards.paths[0]
     data = bytearray(path.read_bytes())
     for index in (2, 9):
-        data[data.index(shards.image(0, index)) + 20] ^= 1
+        data[data.index(shards.sample(0, index).image) + 20] ^= 1
     path.write_bytes(data)
     dataset = open_dataset(sized, batch=4)
     assert dataset.row(15).key == "102" and dataset.row(15).pixels.shape == (3, 16, 32)

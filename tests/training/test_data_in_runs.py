@@ -43,7 +43,7 @@ def test_a_run_over_sizes_goes_on_bit_for_bit(vae, run, sized, tmp_path: Path, c
 def test_damage_is_logged_and_too_much_stops_the_run(vae, run, sized, tmp_path: Path):
     path = Path(sized) / "00000.tar"
     data = bytearray(path.read_bytes())
-    image = Shards(sized).image(0, 3)
+    image = Shards(sized).sample(0, 3).image
     data[data.index(image) + 50] ^= 1
     path.write_bytes(data)
     common = ["--data.shards", sized, "--run.batch_size", "10", "--run.validate_on", "1"]
