@@ -35,7 +35,7 @@ from ldm.text.open_clip import _torchvision_operators
 _torchvision_operators()
 from diffusers import StableDiffusionPipeline
 imported()
-pipe = StableDiffusionPipeline.from_pretrained(PATH, DTYPE)
+pipe = StableDiffusionPipeline.from_pretrained(PATH, torch_dtype=torch.DTYPE)
 pipe.set_progress_bar_config(disable=True)
 loaded()
 def stop(pipe, *_):
@@ -91,8 +91,8 @@ def write_model(folder: Path) -> None:
 
 def measure(code: str, path: Path, precision: str) -> dict[str, float]:
     """One fresh process."""
-    names = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
-    dtype = f"torch_dtype=torch.{names[precision]}" if precision in names else ""
+    # Where nothing is said diffusers mixes the files' fp16 with fp32 and stops: fp32 is the one that it paints in.
+    dtype = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32", "auto": "float32"}[precision]
     words = {"CODE": code, "PATH": repr(str(path)), "ROOT": repr(str(ROOT)), "PRECISION": precision, "DTYPE": dtype}
     frame = FRAME
     for word, value in words.items():
@@ -112,7 +112,7 @@ def main() -> None:
         nargs="+",
         choices=("fp16", "bf16", "fp32", "auto"),
         default=("fp16", "auto"),
-        help="to run in, one after the other (fp16, the files'; auto: what each chooses where nothing is said)",
+        help="to run in, one after the other (fp16, the files'; auto: what ours chooses, beside fp32)",
     )
     args = flags.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
@@ -133,7 +133,7 @@ def compare(folder: Path, precision: str, n: int) -> None:
             marks = measure(code, folder, precision)
             if turn:  # the first turn fills the page cache
                 runs[name].append(marks)
-    own = "bf16 or fp32, as the processor has it, beside diffusers' fp32" if precision == "auto" else precision
+    own = "bf16 if the processor has it, else fp32, beside diffusers in fp32" if precision == "auto" else precision
     print(f"{size:.0f} MiB of weights in fp16, run in {own}; medians of {n} processes")
     print("            import s   load s   step s   import to step s   MiB: import    load    step   step - import")
     found = {

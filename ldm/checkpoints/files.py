@@ -1,5 +1,6 @@
-"""safetensors files as mappings of names to tensors that are mapped rather than read, and let go once copied."""
+"""safetensors files: tensors that are mapped rather than read, and let go once copied; and how they are written."""
 
+import json
 import mmap
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -7,10 +8,12 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from ldm.checkpoints.integrity import DTYPES, Entry, read_header
 from ldm.errors import UserError
+from ldm.files import replacing
 
 # Advice of Linux about pages. The second (since 5.14) brings in many at once, fifty times as fast as one by one.
 DONTNEED, POPULATE_READ = 4, 22
@@ -115,3 +118,19 @@ def brief(longest: int = 400) -> Iterator[None]:
     except UserError as error:
         line = " ".join(str(error).split())
         raise UserError(line if len(line) <= longest else f"{line[: longest - 3]}...") from None
+
+
+def save(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write tensors, whole or not at all; and always as the same bytes: the library's order of metadata is random."""
+    with replacing(path) as temporary:
+        save_file(
+            {name: value.detach().cpu().contiguous() for name, value in tensors.items()}, temporary, dict(metadata)
+        )
+        with temporary.open("r+b") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length))
+            header["__metadata__"] = dict(sorted(metadata.items()))
+            text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+            if len(text) <= length:
+                file.seek(8)
+                file.write(text.ljust(length))

@@ -100,7 +100,7 @@ def refuse(**faults: Iterable[str]) -> None:
 
 def renamed(module: nn.Module, rules: Rules) -> KeyMap:
     """The tensors of a module, each named by what every rule in turn makes of our name."""
-    names = {}
+    names: dict[str, tuple[str, ...]] = {}
     for ours in module.state_dict():
         theirs = ours
         for pattern, replacement in rules:

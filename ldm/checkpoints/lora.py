@@ -23,6 +23,8 @@ from ldm.checkpoints.integrity import FLOATS
 from ldm.checkpoints.keymap import KeyMap, refuse
 from ldm.checkpoints.native import Model, finite
 from ldm.errors import UserError
+from ldm.models.unet import UNet
+from ldm.text.tower import Conditioner
 
 Role = Literal["down", "up", "mid", "alpha", "dora", "magnitude"]
 _NAME = re.compile(
@@ -154,28 +156,34 @@ def find(model: Model, lora: Lora) -> dict[str, tuple[Place, LowRank]]:
 
 def places(model: Model) -> dict[str, Place]:
     """Every weight that a LoRA can change, by part and foreign name without dots: `unet/down_blocks_0_..._to_q`."""
-    backbone, text = model.backbone, model.conditioner
-    if backbone is None or text is None:
-        raise UserError("this file holds an autoencoder alone: a LoRA needs a whole model")
-    unets = compvis.unet(backbone, backbone.config), diffusers.unet(backbone)
-    maps = [("unet", "backbone.", names) for names in unets]
+    backbone, text = networks(model)
+    maps = [("unet", "backbone.", m) for m in (compvis.unet(backbone, backbone.config), diffusers.unet(backbone))]
     second = text.config.second
     # A single tower is asked for by either name: SDXL's refiner has the second alone.
     towers = [("text_encoder", "tower", text.config)]
     towers += [("text_encoder_2", "second", second)] if second else [("text_encoder_2", "tower", text.config)]
-    for part, module, config in towers:
-        for prefix in ("", "text_model."):
-            names = diffusers.clip(getattr(text, module), config, prefix=prefix)
-            maps.append((part, f"text.{module}.", names))
-    return {f"{part}/{name}": place for part, ours, names in maps for name, place in _flat(names, ours)}
+    maps += [
+        (part, f"text.{module}.", diffusers.clip(getattr(text, module), config, prefix=prefix))
+        for part, module, config in towers
+        for prefix in ("", "text_model.")
+    ]
+    return {f"{part}/{name.replace('.', '_')}": p for part, ours, keymap in maps for name, p in layers(keymap, ours)}
 
 
-def _flat(keymap: KeyMap, prefix: str) -> Iterable[tuple[str, Place]]:
+def networks(model: Model) -> tuple[UNet, Conditioner]:
+    """What a LoRA changes. UserError for an autoencoder alone."""
+    if model.backbone is None or model.conditioner is None:
+        raise UserError("this file holds an autoencoder alone: a LoRA needs a whole model")
+    return model.backbone, model.conditioner
+
+
+def layers(keymap: KeyMap, prefix: str) -> Iterable[tuple[str, Place]]:
+    """The layers that a LoRA can change, by their foreign names; prefix: of ours."""
     for ours, theirs in keymap.names.items():
         for part, name in enumerate(theirs):
             if name.endswith(".weight") and not re.search(r"norm|embedding", name.split(".")[-2]):
                 place = Place(prefix + ours, part, len(theirs), ours in keymap.turned)
-                yield name.removesuffix(".weight").replace(".", "_"), place
+                yield name.removesuffix(".weight"), place
 
 
 def _lookup(name: str, known: Mapping[str, Place]) -> Place | None:
@@ -261,7 +269,7 @@ def _settings(metadata: Mapping[str, str], beside: Path | None) -> dict[str, dic
         elif "lora_adapter_metadata" in metadata:
             said = dict(json.loads(metadata["lora_adapter_metadata"]))
     except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f"its settings cannot be read: {error}") from None
+        raise UserError(f"its settings cannot be read: {getattr(error, 'strerror', None) or error}") from None
     settings: dict[str, dict[str, Any]] = {}
     for key, value in said.items():
         part, _, field = key.partition(".")

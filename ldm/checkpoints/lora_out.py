@@ -6,14 +6,13 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ldm.adapters.lora import LowRank, Place
 from ldm.checkpoints import diffusers
+from ldm.checkpoints.files import save
+from ldm.checkpoints.lora import layers, networks
 from ldm.checkpoints.native import Model
-from ldm.errors import UserError
-from ldm.files import replacing
 
 Layout = Literal["kohya", "diffusers"]
 
@@ -23,22 +22,12 @@ def targets(model: Model) -> dict[str, Place]:
 
     UserError for an autoencoder alone.
     """
-    backbone, text = model.backbone, model.conditioner
-    if backbone is None or text is None:
-        raise UserError("this file holds an autoencoder alone: a LoRA needs a whole model")
+    backbone, text = networks(model)
     maps = [("unet.", "backbone.", diffusers.unet(backbone))]
     maps.append(("text_encoder.", "text.tower.", diffusers.clip(text.tower, text.config)))
     if text.config.second is not None and text.second is not None:
         maps.append(("text_encoder_2.", "text.second.", diffusers.clip(text.second, text.config.second)))
-    found = {}
-    for part, ours, keymap in maps:
-        for name, theirs in keymap.names.items():
-            for i, their in enumerate(theirs):
-                if their.endswith(".weight") and "norm" not in their and "embedding" not in their.split(".")[-2]:
-                    found[part + their.removesuffix(".weight")] = Place(
-                        ours + name, i, len(theirs), name in keymap.turned
-                    )
-    return found
+    return {part + name: place for part, ours, keymap in maps for name, place in layers(keymap, ours)}
 
 
 def write(
@@ -48,9 +37,8 @@ def write(
     spell = _kohya if layout == "kohya" else _peft
     tensors: dict[str, Tensor] = {}
     for name, adapter in adapters.items():
-        tensors |= {key: value.detach().cpu().contiguous() for key, value in spell(name, adapter, towers).items()}
-    with replacing(path) as temporary:
-        save_file(tensors, temporary, dict(metadata))
+        tensors |= spell(name, adapter, towers)
+    save(path, tensors, metadata)
 
 
 def _kohya(name: str, adapter: LowRank, towers: int) -> dict[str, Tensor]:

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ldm import config
+from ldm.checkpoints import files
 from ldm.checkpoints.files import SafeFile, Tensors, brief
 from ldm.checkpoints.integrity import FLOATS, Entry, read_header
 from ldm.checkpoints.keymap import KeyMap, Shapes, refuse
@@ -23,7 +23,6 @@ from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.predictions import PREDICTIONS
 from ldm.diffusion.schedules import Schedule, ScheduleConfig, make_schedule
 from ldm.errors import UserError
-from ldm.files import replacing
 from ldm.models.autoencoder import Autoencoder, AutoencoderConfig
 from ldm.models.taesd import TinyAutoencoder
 from ldm.models.unet import UNet, UNetConfig
@@ -136,9 +135,7 @@ def pack(weights: Mapping[str, Tensor], storage: Storage) -> dict[str, Tensor]:
 def write(path: Path | str, spec: ModelSpec, tensors: Mapping[str, Tensor]) -> None:
     """Write a model's tensors as they are, under a spec."""
     metadata = {"format": FORMAT, "version": VERSION, SPEC: json.dumps(config.to_dict(spec))}
-    ready = {name: value.contiguous() for name, value in tensors.items()}
-    with replacing(Path(path)) as temporary:
-        save_file(ready, temporary, metadata)
+    files.save(Path(path), tensors, metadata)
 
 
 def read_spec(path: Path | str) -> ModelSpec:

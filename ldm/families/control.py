@@ -8,17 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import nn
 
 from ldm.checkpoints import control as names
-from ldm.checkpoints.files import SafeFile, Tensors, brief
+from ldm.checkpoints.files import SafeFile, Tensors, brief, save
 from ldm.checkpoints.keymap import KeyMap
 from ldm.checkpoints.native import check, pour
 from ldm.errors import UserError
 from ldm.families.folder import read_json, unet_from, unet_to
 from ldm.families.source import kind, weight_files
-from ldm.files import replacing, write_json
+from ldm.files import write_json
 from ldm.models.controlnet import ControlNet, T2IAdapter, T2IConfig
 from ldm.models.unet import UNetConfig
 from ldm.text.tower import TextConfig
@@ -142,12 +141,9 @@ def save_controlnet(folder: Path, network: ControlNet, side: int, metadata: Mapp
         "conditioning_embedding_out_channels": [convolutions[0].shape[0], *(w.shape[0] for w in convolutions[2:-1:2])],
     }
     data = {name: value for name, value in data.items() if name not in _UNET_ONLY}
-    weights = {name: value.detach().cpu().contiguous() for name, value in network.state_dict().items()}
-    tensors = names.controlnet(network, layout="diffusers").save(weights)
-    folder.mkdir(parents=True, exist_ok=True)
+    tensors = names.controlnet(network, layout="diffusers").save(network.state_dict())
     path = folder / "diffusion_pytorch_model.safetensors"
-    with replacing(path) as temporary:
-        save_file(tensors, temporary, {"ldm.provenance": json.dumps(metadata)})
+    save(path, tensors, {"ldm.provenance": json.dumps(metadata)})
     write_json(folder / "config.json", data)
     return path
 

@@ -11,21 +11,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ldm import config
+from ldm.checkpoints.files import save
 from ldm.checkpoints.native import EXTRA, Model, ModelSpec
 from ldm.errors import UserError
 from ldm.families import Family, family_of
 from ldm.families.family import Dialect, compvis_map, diffusers_map, shown_layers, text_of
 from ldm.families.folder import one_scale, single_scale, text_to, unet_to, vae_to
 from ldm.families.scheduler import sampling_to
-from ldm.files import replacing, write_json
+from ldm.files import write_json
 from ldm.models.autoencoder import AutoencoderConfig
 from ldm.text.tower import TextConfig, Tokenizer
 
 Weights = dict[str, Tensor]
+CONFIGS = {"scheduler": "scheduler_config.json"}
 
 
 def dialects(spec: ModelSpec) -> dict[str, Dialect]:
@@ -45,18 +46,16 @@ def to_compvis(path: Path, model: Model, weights: Weights, extras: Weights) -> N
     keymap = compvis_map(family, model, dialects(model.spec).get("compvis", Dialect()))
     foreign = _foreign(keymap.save(weights), extras, "compvis")
     metadata = {"format": "pt", "ldm.spec": spec_text(model.spec)}
-    with replacing(path) as temporary:
-        save_file(foreign, temporary, metadata)
+    save(path, foreign, metadata)
 
 
 def to_diffusers(path: Path, model: Model, weights: Weights, extras: Weights) -> None:
     """Write a folder, whole or not at all. UserError where something stands there, or diffusers has no such model."""
     spec = model.spec
     family = family_of(text_of(spec))
-    files = {
-        f"{part}/{name}": data for part, data in folder_configs(spec, family).items() for name in [_config_name(part)]
-    }
-    files["model_index.json"] = _index(spec, family)
+    configs = folder_configs(spec, family)
+    files = {f"{part}/{CONFIGS.get(part, 'config.json')}": data for part, data in configs.items()}
+    files["model_index.json"] = _index(spec, family, configs)
     folded = _fold(weights, spec.autoencoder)
     keymap = diffusers_map(family, model, dialects(spec))
     shown = {ours: folded[ours] for ours in keymap.names}
@@ -80,11 +79,11 @@ def to_diffusers(path: Path, model: Model, weights: Weights, extras: Weights) ->
             write_json(root / name, data)
         for part, tensors in parts.items():
             base = "diffusion_pytorch_model" if part in ("unet", "vae") else "model"
-            _write(root / part / f"{base}.safetensors", tensors, {"format": "pt"})
+            save(root / part / f"{base}.safetensors", tensors, {"format": "pt"})
         for tower in family.towers:
             _write_tokenizer(root / tower.folder.replace("text_encoder", "tokenizer"), tower.config(text_of(spec)))
         # always written: the spec in it holds what config.json files have no words for
-        _write(root / "extra.safetensors", kept, {"ldm.spec": spec_text(spec)})
+        save(root / "extra.safetensors", kept, {"ldm.spec": spec_text(spec)})
         root.rename(path)
 
 
@@ -115,12 +114,7 @@ def folder_configs(spec: ModelSpec, family: Family) -> dict[str, dict[str, Any]]
     return configs
 
 
-def _config_name(part: str) -> str:
-    return "scheduler_config.json" if part == "scheduler" else "config.json"
-
-
-def _index(spec: ModelSpec, family: Family) -> dict[str, Any]:
-    configs = folder_configs(spec, family)
+def _index(spec: ModelSpec, family: Family, configs: dict[str, dict[str, Any]]) -> dict[str, Any]:
     assert spec.backbone is not None
     inpainting = spec.backbone.in_channels > spec.backbone.out_channels
     index: dict[str, Any] = {"_class_name": family.pipelines[inpainting], "_diffusers_version": "0.30.0"}
@@ -140,8 +134,7 @@ def _index(spec: ModelSpec, family: Family) -> dict[str, Any]:
 def _foreign(tensors: Weights, extras: Weights, layout: str) -> Weights:
     """The tensors of a layout, with the extras that belong to it under their own names, the others marked."""
     own = f"{EXTRA}{layout}."
-    merged = {name.removeprefix(own): value.contiguous() for name, value in extras.items()}
-    return merged | {name: value.contiguous() for name, value in tensors.items()}
+    return {name.removeprefix(own): value for name, value in extras.items()} | tensors
 
 
 def _fold(weights: Weights, vae: AutoencoderConfig) -> Weights:
@@ -187,8 +180,3 @@ def _write_tokenizer(folder: Path, text: TextConfig) -> None:
     write_json(folder / "tokenizer_config.json", special | about)
     merges = ["#version: 0.2", *(" ".join(pair) for pair in tokenizer.merges), ""]
     (folder / "merges.txt").write_text("\n".join(merges), encoding="utf-8")
-
-
-def _write(path: Path, tensors: Weights, metadata: dict[str, str]) -> None:
-    with replacing(path) as temporary:
-        save_file(tensors, temporary, metadata)

@@ -18,6 +18,21 @@ from ldm.text.tower import TextConfig
 
 Json = dict[str, Any]
 MAX_JSON = 2**24
+# Ours and theirs, with what is meant where they say nothing: settings that are the same number in both.
+_UNET = {
+    "in_channels": ("in_channels", 4),
+    "out_channels": ("out_channels", 4),
+    "linear_projection": ("use_linear_projection", False),
+    "groups": ("norm_num_groups", 32),
+}
+_VAE = {"z_channels": ("latent_channels", 4), "groups": ("norm_num_groups", 32)}
+_TEXT = {
+    "width": ("hidden_size", 512),
+    "heads": ("num_attention_heads", 8),
+    "layers": ("num_hidden_layers", 12),
+    "context_length": ("max_position_embeddings", 77),
+    "vocab_size": ("vocab_size", 49408),
+}
 # What must stand at one of these values, the first being what is written; absent means the first.
 _UNET_FIXED: dict[str, tuple[Any, ...]] = {
     "act_fn": ("silu", "swish"),
@@ -32,26 +47,20 @@ _UNET_FIXED: dict[str, tuple[Any, ...]] = {
     "time_embedding_type": ("positional",),
     "attention_type": ("default",),
 }
-_UNET_READ = {
-    *("sample_size", "in_channels", "out_channels", "down_block_types", "up_block_types", "mid_block_type"),
-    *(
-        "block_out_channels",
-        "layers_per_block",
-        "norm_num_groups",
-        "cross_attention_dim",
-        "transformer_layers_per_block",
-    ),
-    *("attention_head_dim", "num_attention_heads", "use_linear_projection", "addition_embed_type"),
-    *("addition_time_embed_dim", "projection_class_embeddings_input_dim", "dropout", "upcast_attention"),
-    *("addition_embed_type_num_heads", "use_attention_mask"),
-}
 _VAE_FIXED: dict[str, tuple[Any, ...]] = {"act_fn": ("silu", "swish"), "in_channels": (3,), "out_channels": (3,)}
-_VAE_READ = {
-    *("block_out_channels", "layers_per_block", "latent_channels", "norm_num_groups", "scaling_factor", "shift_factor"),
-    *("latents_mean", "latents_std", "use_quant_conv", "use_post_quant_conv", "mid_block_add_attention", "sample_size"),
-    *("force_upcast", "down_block_types", "up_block_types"),
-    *("down_block_out_channels", "up_block_out_channels", "layers_per_down_block", "layers_per_up_block"),
-}
+# What else is read, or says nothing of the numbers.
+_UNET_OTHER = """
+sample_size down_block_types up_block_types mid_block_type block_out_channels layers_per_block cross_attention_dim
+transformer_layers_per_block attention_head_dim num_attention_heads addition_embed_type addition_time_embed_dim
+projection_class_embeddings_input_dim dropout upcast_attention addition_embed_type_num_heads use_attention_mask
+"""
+_VAE_OTHER = """
+block_out_channels layers_per_block scaling_factor shift_factor latents_mean latents_std use_quant_conv
+use_post_quant_conv mid_block_add_attention sample_size force_upcast down_block_types up_block_types
+down_block_out_channels up_block_out_channels layers_per_down_block layers_per_up_block
+"""
+_UNET_READ = {theirs for theirs, _ in _UNET.values()} | set(_UNET_OTHER.split())
+_VAE_READ = {theirs for theirs, _ in _VAE.values()} | set(_VAE_OTHER.split())
 
 
 def read_json(path: Path) -> Json:
@@ -97,21 +106,18 @@ def unet_from(data: Json) -> UNetConfig:
     context = set(_numbers(data, "cross_attention_dim", (1280,)))
     if len(context) != 1:
         raise UserError(f"unet: cross_attention_dim {sorted(context)} must be the same at every level")
-    return _config(
-        UNetConfig,
-        "unet",
-        in_channels=data.get("in_channels", 4),
-        out_channels=data.get("out_channels", 4),
-        channels=channels,
-        res_blocks=blocks.pop(),
-        depth=[n if attend else 0 for n, attend in zip(depth, attends, strict=True)],
-        mid_depth=depth[-1],
-        heads=heads,
-        context_dim=context.pop(),
-        vector_dim=data.get("projection_class_embeddings_input_dim") or 0 if added else 0,
-        linear_projection=bool(data.get("use_linear_projection", False)),
-        groups=data.get("norm_num_groups", 32),
-    )
+    same = _read(_UNET, data)
+    own = {
+        "linear_projection": bool(same["linear_projection"]),
+        "channels": channels,
+        "res_blocks": blocks.pop(),
+        "depth": [n if attend else 0 for n, attend in zip(depth, attends, strict=True)],
+        "mid_depth": depth[-1],
+        "heads": heads,
+        "context_dim": context.pop(),
+        "vector_dim": data.get("projection_class_embeddings_input_dim") or 0 if added else 0,
+    }
+    return from_dict(UNetConfig, same | own, "unet")
 
 
 def unet_to(config: UNetConfig, side: int, text: TextConfig) -> Json:
@@ -125,8 +131,6 @@ def unet_to(config: UNetConfig, side: int, text: TextConfig) -> Json:
     data: Json = {
         "_class_name": "UNet2DConditionModel",
         "sample_size": side,
-        "in_channels": config.in_channels,
-        "out_channels": config.out_channels,
         "block_out_channels": list(config.channels),
         "layers_per_block": config.res_blocks,
         "down_block_types": ["CrossAttnDownBlock2D" if d else "DownBlock2D" for d in config.depth],
@@ -135,8 +139,6 @@ def unet_to(config: UNetConfig, side: int, text: TextConfig) -> Json:
         "transformer_layers_per_block": depth,
         "attention_head_dim": list(config.heads),
         "cross_attention_dim": config.context_dim,
-        "use_linear_projection": config.linear_projection,
-        "norm_num_groups": config.groups,
     }
     if config.vector_dim:
         data |= {
@@ -144,7 +146,7 @@ def unet_to(config: UNetConfig, side: int, text: TextConfig) -> Json:
             "addition_time_embed_dim": text.id_width,
             "projection_class_embeddings_input_dim": config.vector_dim,
         }
-    return data | {name: values[0] for name, values in _UNET_FIXED.items()}
+    return data | _written(_UNET, config, _UNET_FIXED)
 
 
 def vae_from(data: Json) -> AutoencoderConfig:
@@ -168,19 +170,16 @@ def vae_from(data: Json) -> AutoencoderConfig:
     quant = (data.get("use_quant_conv", True), data.get("use_post_quant_conv", True))
     if quant[0] != quant[1]:
         raise UserError("vae: use_quant_conv and use_post_quant_conv must be the same")
-    return _config(
-        AutoencoderConfig,
-        "vae",
-        z_channels=data.get("latent_channels", 4),
-        channels=channels,
-        decoder_channels=decoder if list(decoder) != list(channels) else (),
-        res_blocks=blocks,
-        mid_attention=data.get("mid_block_add_attention", True),
-        quant_convs=quant[0],
-        groups=data.get("norm_num_groups", 32),
-        mean=[shift + mean for mean in means],
-        std=[std / scale for std in stds],
-    )
+    own = {
+        "channels": channels,
+        "decoder_channels": decoder if list(decoder) != list(channels) else (),
+        "res_blocks": blocks,
+        "mid_attention": data.get("mid_block_add_attention", True),
+        "quant_convs": quant[0],
+        "mean": [shift + mean for mean in means],
+        "std": [std / scale for std in stds],
+    }
+    return from_dict(AutoencoderConfig, _read(_VAE, data) | own, "vae")
 
 
 def vae_to(config: AutoencoderConfig, side: int, *, upcast: bool) -> Json:
@@ -212,58 +211,51 @@ def vae_to(config: AutoencoderConfig, side: int, *, upcast: bool) -> Json:
             "use_post_quant_conv": config.quant_convs,
             "force_upcast": upcast,
         }
-    return widths | {
+    widths |= {
         "sample_size": side,
-        "latent_channels": config.z_channels,
         "down_block_types": ["DownEncoderBlock2D"] * levels,
         "up_block_types": ["UpDecoderBlock2D"] * levels,
-        "norm_num_groups": config.groups,
         "scaling_factor": 1 / config.std[0],
-        **{name: values[0] for name, values in _VAE_FIXED.items()},
     }
+    return widths | _written(_VAE, config, _VAE_FIXED)
 
 
 def text_from(data: Json, where: str, template: TextConfig) -> TextConfig:
     """CLIPTextModel's config; what it leaves unsaid (padding, which layer) is the template's."""
-    activation = data.get("hidden_act", "quick_gelu")
-    if activation not in ("quick_gelu", "gelu"):
-        raise UserError(f"{where}: hidden_act {activation!r} is not known here (quick_gelu, gelu)")
     if data.get("layer_norm_eps", 1e-5) != 1e-5:
         raise UserError(f"{where}: layer_norm_eps {data['layer_norm_eps']!r} must be 1e-05")
-    width, wide = data.get("hidden_size", 512), data.get("intermediate_size", 2048)
-    layers = data.get("num_hidden_layers", 12)
+    same, wide = _read(_TEXT, data), data.get("intermediate_size", 2048)
+    width, layers = same["width"], same["layers"]
     # A folder's pipelines read the last state where the final norm follows it: an unused layer behind it is not in
     # the files.
     layer = 1 if template.final_norm or not isinstance(layers, int) else min(template.layer, max(layers, 1))
-    return _config(
-        TextConfig,
-        where,
-        width=width,
-        heads=data.get("num_attention_heads", 8),
-        layers=layers,
-        context_length=data.get("max_position_embeddings", 77),
-        vocab_size=data.get("vocab_size", 49408),
-        quickgelu=activation == "quick_gelu",
-        layer=layer,
-        final_norm=template.final_norm,
-        pad=template.pad,
-        mlp=0 if isinstance(width, int) and wide == 4 * width else wide,
-        projection=data.get("projection_dim", 512) if template.projection else 0,
-    )
+    own = {
+        "quickgelu": quickgelu(data, f"{where}: "),
+        "layer": layer,
+        "final_norm": template.final_norm,
+        "pad": template.pad,
+        "mlp": 0 if isinstance(width, int) and wide == 4 * width else wide,
+        "projection": data.get("projection_dim", 512) if template.projection else 0,
+    }
+    return from_dict(TextConfig, same | own, where)
+
+
+def quickgelu(data: Json, where: str = "") -> bool:
+    """Whether CLIP's config means QuickGELU."""
+    activation = data.get("hidden_act", "quick_gelu")
+    if activation not in ("quick_gelu", "gelu"):
+        raise UserError(f"{where}hidden_act {activation!r} is not known here (quick_gelu, gelu)")
+    return bool(activation == "quick_gelu")
 
 
 def text_to(config: TextConfig, layers: int) -> Json:
     """CLIPTextModel's config for the first layers of a tower."""
     end = config.end
-    return {
+    return _written(_TEXT, config, {}) | {
         "architectures": ["CLIPTextModelWithProjection" if config.projection else "CLIPTextModel"],
         "model_type": "clip_text_model",
-        "hidden_size": config.width,
         "intermediate_size": config.mlp or 4 * config.width,
         "num_hidden_layers": layers,
-        "num_attention_heads": config.heads,
-        "max_position_embeddings": config.context_length,
-        "vocab_size": config.vocab_size,
         "hidden_act": "quick_gelu" if config.quickgelu else "gelu",
         "layer_norm_eps": 1e-5,
         "projection_dim": config.projection or config.width,
@@ -295,8 +287,12 @@ def _only(data: Json, where: str, fixed: Mapping[str, tuple[Any, ...]], read: se
             raise UserError(f"{where}: {name} {value!r} is not known here")
 
 
-def _config(cls: Any, where: str, **values: Any) -> Any:
-    return from_dict(cls, values, where)
+def _read(same: Mapping[str, tuple[str, Any]], data: Json) -> Json:
+    return {ours: data.get(theirs, default) for ours, (theirs, default) in same.items()}
+
+
+def _written(same: Mapping[str, tuple[str, Any]], config: Any, fixed: Mapping[str, tuple[Any, ...]]) -> Json:
+    return {theirs: getattr(config, ours) for ours, (theirs, _) in same.items()} | {n: v[0] for n, v in fixed.items()}
 
 
 def _numbers(data: Json, key: str, default: tuple[int, ...]) -> list[Any]:

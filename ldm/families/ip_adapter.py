@@ -12,11 +12,21 @@ from ldm.checkpoints.keymap import KeyMap
 from ldm.config import from_dict
 from ldm.errors import UserError
 from ldm.families.control import fill
-from ldm.families.folder import read_json
+from ldm.families.folder import quickgelu, read_json
 from ldm.families.source import kind, weight_files
 from ldm.models.unet import UNet
 from ldm.text.vision import ImageTower, VisionConfig
 
+# Ours and theirs, with what is meant where they say nothing.
+_VISION = {
+    "image_size": ("image_size", 224),
+    "patch": ("patch_size", 32),
+    "width": ("hidden_size", 768),
+    "heads": ("num_attention_heads", 12),
+    "layers": ("num_hidden_layers", 12),
+    "projection": ("projection_dim", 512),
+    "mlp": ("intermediate_size", 3072),
+}
 _FIXED = {"layer_norm_eps": 1e-5, "num_channels": 3, "attention_dropout": 0.0}
 
 
@@ -75,19 +85,5 @@ def _vision(data: dict[str, Any]) -> VisionConfig:
     for name, value in _FIXED.items():
         if data.get(name, value) != value:
             raise UserError(f"{name} {data[name]!r} must be {value}")
-    activation, width = data.get("hidden_act", "quick_gelu"), data.get("hidden_size", 768)
-    if activation not in ("quick_gelu", "gelu"):
-        raise UserError(f"hidden_act {activation!r} is not known here (quick_gelu, gelu)")
-    return from_dict(
-        VisionConfig,
-        dict(
-            image_size=data.get("image_size", 224),
-            patch=data.get("patch_size", 32),
-            width=width,
-            heads=data.get("num_attention_heads", 12),
-            layers=data.get("num_hidden_layers", 12),
-            projection=data.get("projection_dim", 512),
-            quickgelu=activation == "quick_gelu",
-            mlp=data.get("intermediate_size", 3072),
-        ),
-    )
+    same = {ours: data.get(theirs, default) for ours, (theirs, default) in _VISION.items()}
+    return from_dict(VisionConfig, same | {"quickgelu": quickgelu(data)})

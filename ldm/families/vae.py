@@ -6,7 +6,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from ldm.checkpoints import compvis, diffusers, native
 from ldm.checkpoints.files import SafeFile, Tensors, brief
@@ -76,12 +75,12 @@ def _understand(path: Path, tensors: Tensors, like: AutoencoderConfig) -> tuple[
         folder = path / "vae" if (path / "vae").is_dir() else path if path.is_dir() else path.parent
         config = vae_from(read_json(folder / "config.json"))
         legacy = "encoder.mid_block.attentions.0.query.weight" in shapes
-        model = _skeleton(config, path)
-        return model, diffusers.autoencoder(_vae(model), legacy=legacy).under("autoencoder.", ""), tensors
-    metadata = _metadata(path)
+        model = native.skeleton(ModelSpec(config, 512), path)
+        return model, diffusers.autoencoder(model.autoencoder, legacy=legacy).under("autoencoder.", ""), tensors
+    metadata = {} if path.is_dir() else read_header(path).metadata
     if metadata.get("format") == native.FORMAT:
         config = native.spec_of(metadata, path).autoencoder
-        model = _skeleton(config, path)
+        model = native.skeleton(ModelSpec(config, 512), path)
         packed = native.Packed([])
         packed._places = {name: place for name, place in tensors._places.items() if name.startswith("autoencoder.")}
         return model, model.own_names(), packed
@@ -95,18 +94,10 @@ def _understand(path: Path, tensors: Tensors, like: AutoencoderConfig) -> tuple[
         raise UserError(f"tensors do not fit: {error.args[0]} is missing") from None
     except (IndexError, ValueError, ZeroDivisionError) as error:
         raise UserError(f"tensors do not fit: {error}") from None
-    model = _skeleton(config, path)
-    keymap = compvis.autoencoder(_vae(model), config).under("autoencoder.", prefix)
+    model = native.skeleton(ModelSpec(config, 512), path)
+    keymap = compvis.autoencoder(model.autoencoder, config).under("autoencoder.", prefix)
     spare = re.compile(rf"(?!{re.escape(prefix)}).*|{re.escape(prefix)}(loss|model_ema)\..*")
     return model, keymap, tensors.without(name for name in shapes if spare.fullmatch(name))
-
-
-def _skeleton(config: AutoencoderConfig, path: Path) -> Model:
-    return native.skeleton(ModelSpec(config, 512), path)
-
-
-def _vae(model: Model) -> nn.Module:
-    return model.autoencoder
 
 
 def _tiny(
@@ -124,9 +115,3 @@ def _tiny(
         names[f"autoencoder.{ours}"] = (places[half],)
     model = Model(ModelSpec(AutoencoderConfig(z_channels=first[1]), 512), tiny, None, None)
     return model, KeyMap(names), tensors
-
-
-def _metadata(path: Path) -> dict[str, str]:
-    if path.is_dir():
-        return {}
-    return read_header(path).metadata

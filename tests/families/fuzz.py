@@ -176,11 +176,14 @@ def case(seed: int, number: int, wholes: dict[str, Path], room: Path) -> str:
     broken = room / "broken"
     damage(rng, wholes[rng.choice(sorted(wholes))], broken)
 
+    ticks = iter("12")  # a machine that stands still for a while counts as our time, but as one tick
+
     def late(signum: int, frame: FrameType | None) -> None:
-        raise AssertionError(f"case {number} of seed {seed} took more than {LIMIT} s")
+        if not next(ticks, None):
+            raise AssertionError(f"case {number} of seed {seed} took more than {3 * LIMIT} s")
 
     signal.signal(signal.SIGPROF, late)
-    signal.setitimer(signal.ITIMER_PROF, LIMIT)  # of our own time: another's work on the machine is no hang
+    signal.setitimer(signal.ITIMER_PROF, LIMIT, LIMIT)  # of our own time: another's work on the machine is no hang
     try:
         load(broken)
         return ""
@@ -217,8 +220,9 @@ if __name__ == "__main__":
     flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     flags.add_argument("--n", type=int, default=100_000)
     flags.add_argument("--seed", type=int, default=0)
+    flags.add_argument("--first", type=int, default=0, help="the case to begin with")
     flags.add_argument("--only", type=int, help="one case alone")
     args = flags.parse_args()
     start = time.perf_counter()
-    counts = run(1 if args.only is not None else args.n, args.seed, args.only or 0)
+    counts = run(1 if args.only is not None else args.n, args.seed, args.only or args.first)
     print(f"{sum(counts.values())} cases in {time.perf_counter() - start:.0f} s: {dict(counts)}, nothing else")

@@ -14,6 +14,7 @@ from ldm.checkpoints import native, pickled
 from ldm.checkpoints.native import ModelSpec
 from ldm.errors import UserError
 from ldm.families.convert import convert
+from ldm.families.family import Layout
 from ldm.families.load import load
 from ldm.models.autoencoder import Autoencoder, AutoencoderConfig
 
@@ -42,6 +43,13 @@ def test_int8_is_our_own(folders: dict[str, Path], tmp_path: Path, monkeypatch: 
         other = whole.modules[prefix].state_dict()
         for name, value in module.state_dict().items():
             assert (value - other[name]).abs().max() <= other[name].abs().max() / 250
+
+
+@pytest.mark.parametrize("to", ["ldm", "compvis"])
+def test_equal_models_are_equal_bytes(to: Layout, folders: dict[str, Path], tmp_path: Path) -> None:
+    for i in range(4):
+        convert(folders["sd1"], tmp_path / str(i), to)
+    assert len({(tmp_path / str(i)).read_bytes() for i in range(4)}) == 1
 
 
 def test_complaints_are_one_line(
