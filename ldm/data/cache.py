@@ -123,7 +123,7 @@ class _Records:
         found: NDArray[Any] = self._tensors[name][at]
         seen = self._seen[name]
         if seen.ndim and not seen[at]:
-            if hashlib.sha256(found).digest() != self._tensors[_SUMS + name][at].tobytes():
+            if hashlib.sha256(found.data).digest() != self._tensors[_SUMS + name][at].tobytes():
                 raise self._altered(f"record {', '.join(map(str, at))} of {name}")
             seen[at] = True
         return found
@@ -395,5 +395,5 @@ def _sum_of_rest(arrays: dict[str, NDArray[Any]]) -> bytes:
     for name in sorted(name for name in arrays if not name.startswith(_SUMS)):
         found.update(f"{name} {arrays[name].dtype} {arrays[name].shape} ".encode())
         if not _depth(name):
-            found.update(np.ascontiguousarray(arrays[name]))
+            found.update(np.ascontiguousarray(arrays[name]).data)
     return found.digest()

@@ -5,6 +5,7 @@ import hashlib
 import json
 import tempfile
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 from ldm.data.options import PrepareConfig
@@ -15,7 +16,7 @@ from ldm.errors import UserError
 from ldm.files import digest
 
 
-def with_shards(patterns: list[str], config: DataConfig) -> list[str]:
+def with_shards(patterns: Sequence[str], config: DataConfig) -> list[str]:
     """Patterns of shards, one for each source, where plain folders of pictures have given way to shards of them.
 
     Those lie beside `config.copies`, by the content of the folder and by what was asked for. UserError for a folder
