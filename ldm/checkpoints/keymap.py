@@ -50,6 +50,10 @@ class KeyMap:
             misshapen={name for name in shared if _matrix(foreign[name]) != _matrix(wanted[name])},
         )
 
+    def unused(self, foreign: Iterable[str]) -> set[str]:
+        """Foreign names that none of ours stands for."""
+        return set(foreign).difference(*self.names.values())
+
     def tensor(self, ours: str, foreign: Mapping[str, Tensor], shape: tuple[int, ...]) -> Tensor:
         """One of our tensors; a view of the foreign one where it can be."""
         parts = [foreign[name] for name in self.names[ours]]

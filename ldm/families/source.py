@@ -28,6 +28,8 @@ OURS = native.EXTRA + "ldm."
 SPARE = re.compile(
     r"text_encoder(_2)?/(.*position_ids|logit_scale|text_projection\.weight)|vae/decoder\.condition_encoder\..*|extra\..*"
 )
+# In a folder that we wrote, these may hold the latents' statistics, and stand beside our own as extras.
+SPARE_OF_OURS = re.compile(rf"{SPARE.pattern}|vae/(post_)?quant_conv\.(weight|bias)")
 
 
 @dataclass(frozen=True)
@@ -90,8 +92,7 @@ def _single(file: SafeFile) -> Source:
         spec = replace(spec, provenance=spec.provenance | {"names": {"compvis": asdict(dialect)}})
     model = native.skeleton(spec, file.path)
     keymap = _override(compvis_map(family, model, dialect), tensors, model)
-    used = {name for names in keymap.names.values() for name in names}
-    extras = frozenset(name for name in shapes if name not in used and singlefile.EXTRAS.fullmatch(name))
+    extras = frozenset(name for name in keymap.unused(tensors) if singlefile.EXTRAS.fullmatch(name))
     return Source(file.path, "compvis", spec, model, tensors, keymap, extras, guessed)
 
 
@@ -120,13 +121,8 @@ def _folder(path: Path) -> Source:
         spec = replace(spec, provenance=spec.provenance | {"names": unusual})
     model = native.skeleton(spec, path)
     keymap = _override(diffusers_map(family, model, dialects), tensors, model)
-    used = {name for names in keymap.names.values() for name in names}
-    folded = {"vae/post_quant_conv.weight", "vae/post_quant_conv.bias", "vae/quant_conv.weight", "vae/quant_conv.bias"}
-    extras = frozenset(
-        name
-        for name in tensors
-        if name not in used and (SPARE.fullmatch(name) or (stated is not None and name in folded))
-    )
+    spare = SPARE if stated is None else SPARE_OF_OURS
+    extras = frozenset(name for name in keymap.unused(tensors) if spare.fullmatch(name))
     return Source(path, "diffusers", spec, model, tensors, keymap, extras)
 
 
