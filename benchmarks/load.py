@@ -20,6 +20,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 OURS = """
+import gc
+gc.set_threshold(100_000)  # as scripts/txt2img.py does
 from ldm import pipeline
 from ldm.text.open_clip import part
 part("transformer"), part("tokenizer")

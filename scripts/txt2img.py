@@ -5,11 +5,13 @@ python scripts/txt2img.py --prompt "a green apple" --init-image outputs/00000.pn
 python scripts/txt2img.py --from-image outputs/00000.png
 """
 
+import gc
 import os
 import sys
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads wait asleep: on a busy machine several times faster
+gc.set_threshold(100_000)  # imports make many objects and hardly any garbage
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ldm import request
