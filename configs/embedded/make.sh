@@ -1,7 +1,7 @@
 #!/bin/sh
 # Makes ldm/assets/embedded.safetensors from the corpus: parquet files of pictures with captions, in the folder $1.
 #   sh configs/embedded/make.sh data/parquet
-# `make weights` first. On two CPU cores: an hour and a half for the autoencoders, three hours for the rest. Stopped, it goes on.
+# `make weights` first. On two CPU cores: three hours for the autoencoders, three for the rest. Stopped, it goes on.
 set -eu
 corpus=$1
 python=${PYTHON:-.venv/bin/python}
@@ -25,7 +25,7 @@ prepare "$corpus/fruits.parquet" "$corpus/flowers.parquet" "$corpus/clothing.par
 
 $python scripts/train_vae.py configs/embedded/vae.yaml --run runs/vae
 $python scripts/train_vae.py configs/embedded/decoder.yaml --run runs/decoder
-# First at all noise levels alike, then mostly at high ones: there shape and colour are decided, and the prompt matters.
+# First at noise levels around t = 0.5, then mostly at high ones: there shape and colour are decided, and the prompt matters.
 $python scripts/train_ldm.py configs/embedded/ldm.yaml --run runs/ldm1
 $python scripts/train_ldm.py configs/embedded/ldm.yaml --run runs/ldm2 --weights runs/ldm1/model.safetensors \
     --schedule.mean 1.2 --schedule.std 1.2 --run.steps 2000 --optim.warmup 50 --optim.lr 5e-4
