@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ldm.checkpoints import native
 from ldm.checkpoints.native import Model
 from ldm.conditioning import Conditioning
-from ldm.data.cache import CachedDataset, Encoders, States, cached, kept_with
+from ldm.data.cache import Encoders, States, cached, kept_with
 from ldm.data.dataset import Dataset, open_dataset, to_image
 from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.guidance import cfg
@@ -77,7 +77,7 @@ class DenoisingTask:
         self.empty = self.tokenize([""])
         self.pictures = open_dataset(config.data, self.tokenize, batch=config.run.batch_size)
         self.dataset: Dataset = self.pictures
-        self._cached: CachedDataset | None = None
+        self._cached: Dataset | None = None
         self.held_back = HeldBack(config.data, config.run.validate_on, self.tokenize)
         if config.run.recompute:
             recompute(self.backbone)
@@ -161,7 +161,7 @@ class DenoisingTask:
         """Text states of a batch, kept or encoded now: of the empty caption where it is dropped."""
         if "states" not in batch or self.trains_text:
             return self.encode_text(torch.where(dropped[:, None], self.empty, batch["tokens"]), batch.get("size_ids"))
-        empty = {} if self._cached is None else self._cached.empty or {}
+        empty = getattr(self._cached, "empty", None) or {}
         kept = {name: torch.from_numpy(empty[name]).to(self.device) for name in ("states", "vector") if name in empty}
         tokens = torch.where(dropped[:, None, None], kept["states"], batch["states"]).float()
         if "vector" not in kept:
@@ -184,7 +184,7 @@ class DenoisingTask:
         model = digest(Path(self.config.text.weights or self.config.weights)) if text else ""
         return Encoders(digest(self._source), self._posterior, model, states if text else None, crops)
 
-    def _encoded(self, cache: str) -> CachedDataset:
+    def _encoded(self, cache: str) -> Dataset:
         """The training pictures as latents, read from the cache if it has them."""
         encoders = self.encoders(text=False, crops=1)
         kept = kept_with(self.pictures, encoders, cache)
