@@ -10,7 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from ldm.checkpoints import native
+from ldm.checkpoints import files, native
 from ldm.checkpoints.native import ModelSpec
 from ldm.errors import UserError
 from ldm.models.autoencoder import AutoencoderConfig
@@ -149,7 +149,7 @@ def test_a_failing_writer_leaves_the_old_file(file: Path, monkeypatch: pytest.Mo
         path.write_bytes(b"half")
         raise OSError("disk full")
 
-    monkeypatch.setattr(native, "save_file", fail)
+    monkeypatch.setattr(files, "save_file", fail)
     with pytest.raises(OSError, match="disk full"):
         native.save(file, SPEC, {"autoencoder": nn.Identity()})
     assert file.read_bytes() == before

@@ -131,7 +131,7 @@ def test_a_lora_in_half_is_the_same_rounded(settings: Callable[..., LoraRun], tm
 def test_a_pattern_that_fits_nothing_is_refused(settings: Callable[..., LoraRun]) -> None:
     with pytest.raises(UserError, match="'unet.nothing' fits no weight of this model"):
         LoraTask(settings(LoraRun, "--lora.targets", "[unet.*.to_q, unet.nothing]"))
-    with pytest.raises(UserError, match="rank 0 needs 1"):
+    with pytest.raises(UserError, match="rank is 0: give at least 1"):
         settings(LoraRun, "--lora.rank", "0")
 
 

@@ -66,7 +66,10 @@ def learner(kind: str, precision: str = "no", **settings) -> Learner:
         return {"loss": scale * sum((p.float() - batch["step"]).square().mean() for p in net.parameters())}
 
     cpu = Mock(
-        spec=Accelerator, device=torch.device("cpu"), mixed_precision=precision, prepare_model=lambda module: module
+        spec=Accelerator,
+        device=torch.device("cpu"),
+        mixed_precision=precision,
+        prepare_model=lambda module, evaluation_mode: module,
     )
     config = OptimConfig(kind=kind, lr=1.0 if kind == "prodigy" else 0.05, **{"clip": 0.0} | settings)
     return Learner(Objective("fit", {"net": net}, loss), config, cpu, main=True)

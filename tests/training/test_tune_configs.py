@@ -41,7 +41,7 @@ def test_every_config_is_tested() -> None:
 
 
 def test_the_packaged_adapters_paint_in_4_steps_what_the_model_paints_in_25() -> None:
-    file = pipeline.ASSETS / "lora/four-steps.safetensors"
+    file = pipeline.ASSETS / "lora/four_steps.safetensors"
     assert file.stat().st_size < 2_000_000
     painter = pipeline.load("embedded", "cpu", "fp32")
     few = Request("a red apple", seed=23, steps=4, sampler="ddim", cfg_scale=1.0)
