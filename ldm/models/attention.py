@@ -61,8 +61,8 @@ def _tiled(q: Heads, k: Heads, v: Heads) -> Heads:
         answer: Tensor = torch.ops.mkldnn._linear_pointwise(x, y, None, "none", [], "")
         return answer
 
-    out, q = torch.empty_like(q), q * (q.shape[-1] ** -0.5 * math.log2(math.e))
-    v = F.pad(v, (0, 1), value=1.0).transpose(-1, -2).contiguous()
+    out, q = torch.empty_like(q), (q * (q.shape[-1] ** -0.5 * math.log2(math.e))).contiguous()
+    k, v = k.contiguous(), F.pad(v, (0, 1), value=1.0).transpose(-1, -2).contiguous()
     for index in product(range(q.shape[0]), range(q.shape[1])):
         keys, values = k[index], v[index]
         for rows, answer in zip(q[index].split(TILE), out[index].split(TILE), strict=True):
