@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "performance.md"
 SHORT = {
     "samplers": "benchmarks/samplers.py --repeats 5",
-    "steps": "benchmarks/steps.py --unet 32 --vae 32 --repeats 3",
+    "steps": "benchmarks/steps.py --repeats 2 --variants diffusers fp32 default",
     "load": "benchmarks/load.py --runs 3",
     "training": "benchmarks/training.py --steps 3 --clock cpu",
     "data": "benchmarks/data.py --rounds 2",
