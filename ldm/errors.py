@@ -70,3 +70,8 @@ def script(main: Callable[[], None]) -> Callable[[], None]:
             raise SystemExit(130) from None
 
     return run
+
+
+def reason(error: Exception) -> str:
+    """What went wrong, without the path that the system's errors repeat."""
+    return getattr(error, "strerror", None) or str(error)

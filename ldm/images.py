@@ -15,7 +15,7 @@ from PIL import Image as Pillow
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
-from ldm.errors import UserError
+from ldm.errors import UserError, reason
 from ldm.files import replacing
 from ldm.shapes import Image
 
@@ -69,7 +69,7 @@ def read_picture(path: str | Path) -> Pillow.Image:
     except UserError:
         raise
     except PILLOW_ERRORS as error:
-        raise UserError(f"cannot read {str(path)!r} as a picture (PNG, JPEG or WebP): {error}") from None
+        raise UserError(f"cannot read {str(path)!r} as a picture (PNG, JPEG or WebP): {reason(error)}") from None
 
 
 def to_image(picture: Pillow.Image) -> Image:
@@ -92,7 +92,7 @@ def read_text(path: str | Path) -> dict[str, str]:
             text = {name: value for name, colon, value in named if colon}
             return text | ({"parameters": _comment(comment)} if comment else {})
     except PILLOW_ERRORS as error:
-        raise UserError(f"cannot read {str(path)!r} as a picture (PNG, JPEG or WebP): {error}") from None
+        raise UserError(f"cannot read {str(path)!r} as a picture (PNG, JPEG or WebP): {reason(error)}") from None
 
 
 def _comment(value: bytes | str) -> str:

@@ -10,7 +10,7 @@ import torch
 
 import ldm
 from ldm import config, images
-from ldm.errors import UserError
+from ldm.errors import UserError, reason
 from ldm.foreign import A1111_SAMPLERS, a1111, comfyui, fields_of
 from ldm.request import Request as Request
 
@@ -135,7 +135,7 @@ def read(path: str | Path) -> Recipe:
             raise UserError(f"its format is {data.get('format')!r}, this version reads {FORMAT}")
         return config.from_dict(Recipe, data)
     except (ValueError, RecursionError) as error:  # UserError and JSONDecodeError are ValueErrors
-        raise UserError(f"the recipe in {str(path)!r} cannot be read: {error}") from None
+        raise UserError(f"the recipe in {str(path)!r} cannot be read: {reason(error)}") from None
 
 
 def _foreign(path: str | Path, text: dict[str, str]) -> Recipe:

@@ -2,12 +2,19 @@
 
 import pytest
 
-from ldm.errors import Parser, UserError, nearest, script, whole
+from ldm.errors import Parser, UserError, nearest, reason, script, whole
 
 
 def test_nearest_names_the_closest_or_nothing() -> None:
     assert nearest("euler_b", ["ddim", "euler_a"]) == " (did you mean 'euler_a'?)"
     assert nearest("zzz", ["ddim", "euler_a"]) == ""
+
+
+def test_a_reason_does_not_repeat_the_path() -> None:
+    with pytest.raises(FileNotFoundError) as caught:
+        open("nowhere/at-all").close()
+    assert reason(caught.value) == "No such file or directory"
+    assert reason(ValueError("odd")) == "odd"
 
 
 def test_script_prints_one_line_and_exits_2(capsys: pytest.CaptureFixture[str]) -> None:

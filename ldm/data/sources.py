@@ -23,7 +23,7 @@ from ldm.data.order import locate
 from ldm.data.remote import Cache, place, reaching
 from ldm.data.shards import Shards
 from ldm.data.tars import Damaged
-from ldm.errors import UserError
+from ldm.errors import UserError, reason
 
 CAPTIONS = ("captions", "caption", "text", "txt", "prompt", "name", "TEXT")  # columns that hold captions, best first
 IMAGES = ("image", "webp", "jpg", "png", "img", "bytes")  # columns that hold the bytes of a picture
@@ -208,7 +208,7 @@ def _listed(path: str) -> list[dict[str, Any]]:
             else:
                 rows = list(csv.DictReader(file, delimiter="\t" if path.endswith(".tsv") else ","))
     except (ValueError, csv.Error) as error:
-        raise UserError(f"{path!r} cannot be read: {error}") from None
+        raise UserError(f"{path!r} cannot be read: {reason(error)}") from None
     for number, row in enumerate(rows, 1):
         if not isinstance(row, dict) or None in row:
             raise UserError(f"{path!r} cannot be read: entry {number} is not a row of named columns")

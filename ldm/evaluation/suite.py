@@ -11,7 +11,7 @@ import yaml
 from torch import Tensor
 
 from ldm.checkpoints.native import Model
-from ldm.errors import UserError, nearest
+from ldm.errors import UserError, nearest, reason
 from ldm.evaluation import statistics
 from ldm.evaluation.clip import load_clip
 from ldm.evaluation.inception import Inception
@@ -134,7 +134,7 @@ class Suite:
         try:
             groups = yaml.safe_load(Path(path).read_text("utf-8"))
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise UserError(f"cannot read prompts from {path!r}: {error}") from None
+            raise UserError(f"cannot read prompts from {path!r}: {reason(error)}") from None
         if not isinstance(groups, dict) or not all(isinstance(g, list) and g for g in groups.values()):
             raise UserError(f"{path!r} must hold groups of prompts, such as `seen: [a red apple]`")
         return {str(name): [str(prompt) for prompt in group] for name, group in groups.items()}

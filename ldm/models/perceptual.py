@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ldm.errors import UserError
+from ldm.errors import UserError, reason
 from ldm.shapes import Image
 
 Layer = (
@@ -59,7 +59,9 @@ class LPIPS(nn.Module):
         try:
             state = load_file(path)
         except (OSError, SafetensorError) as error:
-            raise UserError(f"cannot read LPIPS weights {str(path)!r}, get them by `make weights`: {error}") from None
+            raise UserError(
+                f"cannot read LPIPS weights {str(path)!r}, get them by `make weights`: {reason(error)}"
+            ) from None
         net = next((name for name, (*_, key) in reversed(NETS.items()) if key in state), "alex")
         model = cls(net)
         for index in range(len(model.heads)):

@@ -13,7 +13,7 @@ from pathlib import Path
 from random import Random
 from typing import NamedTuple, NoReturn
 
-from ldm.errors import UserError
+from ldm.errors import UserError, reason
 
 STRESS = 1.1
 NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)"
@@ -95,9 +95,7 @@ def fill(text: str, folder: Path, rng: Random) -> str:
         try:
             lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
         except (OSError, UnicodeDecodeError) as error:
-            raise UserError(
-                f"cannot read the wildcard {name[0]} from {str(path)!r}: {getattr(error, 'strerror', None) or error}"
-            ) from None
+            raise UserError(f"cannot read the wildcard {name[0]} from {str(path)!r}: {reason(error)}") from None
         lines = [line for line in lines if line and not line.startswith("#")]
         if not lines:
             raise UserError(f"the wildcard {name[0]} has no lines: write some into {str(path)!r}")
