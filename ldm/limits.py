@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields, replace
 import torch
 
 from ldm.checkpoints.native import ModelSpec
+from ldm.diffusion.guidance import Guidance
 from ldm.diffusion.samplers import find_sampler
 from ldm.diffusion.schedules import Schedule
 from ldm.diffusion.spacings import TRAIN_STEPS
@@ -66,7 +67,7 @@ class Limits:
         if r.clip_skip is not None:
             text = self.reader.conditioner.config
             _between("clip skip", r.clip_skip, 1, min(t.layers for t in (text, text.second or text)))
-        self.levels(r)
+        Guidance(r.guidance or "", r.cfg_scale, self.levels(r))
         self._edits(r)
         for name, side in (("width", r.width), ("height", r.height)):
             _between(name, side, self.multiple if r.strength is None else 1, MAX_SIDE)

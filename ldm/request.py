@@ -33,6 +33,9 @@ class Request:
     width: int | None = _told("pixels (the model's own, or the first picture's)")
     height: int | None = _told("pixels (the model's own, or the first picture's)")
     clip_skip: int | None = _told("read the text tower's n-th layer from the end (the model's own)")
+    guidance: str | None = _told(
+        "its kind: rescale:0.7, apg, cfgpp, interval:0.3-5, threshold:0.995-3, joined by + (the model's own)"
+    )
     plain_prompt: bool = _told("take prompts as they stand, without (weights:1.2), [from:to:0.5], AND, BREAK", False)
     variation: float = _told("how far to go towards the noise of --variation-seed, 0 to 1", 0.0)
     variation_seed: int = _told("another seed, of the first picture; the next one has the next", 0)

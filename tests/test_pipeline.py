@@ -28,7 +28,16 @@ APPLE = Request("a red apple", seed=5)
 
 def test_defaults_are_the_models(painter: Pipeline) -> None:
     assert painter.complete(APPLE) == Request(
-        "a red apple", "", 5, sampler="dpmpp_2m", schedule="trailing", steps=4, cfg_scale=3.0, width=32, height=32
+        "a red apple",
+        "",
+        5,
+        sampler="dpmpp_2m",
+        schedule="trailing",
+        steps=4,
+        cfg_scale=3.0,
+        width=32,
+        height=32,
+        guidance="",
     )
     chosen = replace(APPLE, sampler="ddim", schedule="karras", steps=2, cfg_scale=0.0, width=16, height=24)
     assert painter.complete(chosen) == chosen
@@ -67,11 +76,18 @@ def test_company_changes_nothing(painter: Pipeline, sampler: str) -> None:
         {"schedule": "karras"},
         {"steps": 5},
         {"cfg_scale": 4.0},
+        {"guidance": "rescale:0.7"},
+        {"guidance": "apg:1"},
+        {"guidance": "cfgpp", "cfg_scale": 0.6},
+        {"guidance": "threshold:0.9-0.5"},
+        {"guidance": "interval:0.3-5"},
+        {"guidance": "interval:0.3-5", "prompt": "a cat AND a dog"},
     ],
-    ids=lambda change: next(iter(change)),
+    ids=str,
 )
 def test_every_field_of_a_request_is_heard(painter: Pipeline, change: dict[str, object]) -> None:
-    assert not torch.equal(painter.txt2img(APPLE), painter.txt2img(replace(APPLE, **change)))
+    without = replace(APPLE, **change | {"guidance": None}) if "guidance" in change else APPLE
+    assert not torch.equal(painter.txt2img(without), painter.txt2img(replace(APPLE, **change)))
 
 
 def test_the_noise_of_a_picture_is_its_seeds_alone(painter: Pipeline) -> None:
@@ -118,6 +134,11 @@ def test_a_batch_agrees_in_all_but_prompt_and_seed(painter: Pipeline) -> None:
         ({"seed": 2**63}, "seed is 9223372036854775808"),
         ({"cfg_scale": math.nan}, "cfg scale is nan"),
         ({"cfg_scale": math.inf}, "cfg scale is inf"),
+        ({"guidance": "cfgpp"}, "CFG.. scale is 3: needs"),
+        ({"guidance": "apt"}, "guidance 'apt' cannot be read .did you mean 'apg'"),
+        ({"guidance": "interval:0.3"}, "guidance 'interval:0.3' cannot be read: write"),
+        ({"guidance": "interval:5-0.3"}, "guidance interval .5.0, 0.3."),
+        ({"guidance": "apg+rescale:0.7"}, "joins rescale and apg: choose one"),
         ({"width": 33}, "width 33 is not a multiple of 4, which this model needs: try 32 or 36"),
         ({"height": 2}, "height is 2: choose between 4 and 8192"),
         ({"height": 2**40}, "height is 1099511627776"),

@@ -51,6 +51,7 @@ class SamplingDefaults:
     schedule: str = "trailing"
     steps: int = 25
     cfg_scale: float = 5.0
+    guidance: str = ""
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ldm.conditioning import Conditioning, join
 from ldm.diffusion.constants import column, first
-from ldm.diffusion.guidance import Conditional, Denoise
+from ldm.diffusion.guidance import Combine, Conditional, Denoise
 
 
 def keep(denoise: Denoise, known: Tensor, mask: Tensor) -> Denoise:
@@ -27,11 +27,11 @@ def composed(
     uncond: Conditioning,
     weights: Tensor,
     owner: Tensor,
-    scale: float,
+    combine: Combine,
 ) -> Denoise:
-    """Several prompts a picture at once: uncond + scale * sum of w * (cond - uncond) (Liu et al. 2022, Eq. 11).
+    """Several prompts a picture at once: uncond + sum of w * (cond - uncond) as cond (Liu et al. 2022, Eq. 11).
 
-    weights: (m,), of each condition; owner: (m,), the picture that it belongs to.
+    weights: (m,), of each condition; owner: (m,), the picture that it belongs to. combine: see `guidance`.
     """
     both = join(uncond, conds)
 
@@ -40,7 +40,7 @@ def composed(
         answers = denoiser(x[rows], sigma[rows], both)
         free, bound = answers[: len(x)], answers[len(x) :]
         change = (bound - free[owner]) * column(weights.to(x), x)
-        return free.index_add(0, owner, change, alpha=scale)
+        return combine(free.index_add(0, owner, change), free, first(sigma))
 
     return denoise
 

@@ -1,9 +1,11 @@
 """Guidance wraps a denoiser and returns a denoiser with its conditions bound; no sampler and no network knows of it.
 
 Classifier-free kinds differ only in how they combine the answers with and without the condition: a Combine. Others wrap
-a Denoise that is already bound, so that they stack: interval(threshold(cfg(...)), bind(...), 0.3, 5).
+a Denoise that is already bound, so that they stack: interval(threshold(cfg(...)), bind(...), 0.3, 5). `Guidance` reads
+both kinds from a text.
 """
 
+import math
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -13,7 +15,7 @@ from torch import Tensor
 
 from ldm.conditioning import Conditioning, join
 from ldm.diffusion.constants import column, first, level, uniform
-from ldm.errors import UserError
+from ldm.errors import UserError, nearest
 
 Denoise = Callable[[Tensor, Tensor], Tensor]
 Conditional = Callable[[Tensor, Tensor, Any], Tensor]
@@ -42,37 +44,39 @@ def guided(denoiser: Conditional, cond: Conditioning, uncond: Conditioning, comb
 def cfg(
     denoiser: Conditional, cond: Conditioning, uncond: Conditioning, scale: float, *, rescale: float = 0.0
 ) -> Denoise:
-    """Classifier-free guidance, uncond + scale * (cond - uncond) (Ho & Salimans 2022); scale 1 leaves uncond out.
+    """Classifier-free guidance, uncond + scale * (cond - uncond) (Ho & Salimans 2022); scale 1 leaves uncond out."""
+    combine = mixed(scale, rescale)
+    return bind(denoiser, cond) if scale == 1 else guided(denoiser, cond, uncond, combine)
+
+
+def mixed(scale: float, rescale: float = 0.0) -> Combine:
+    """uncond + scale * (cond - uncond), as in `cfg`. UserError for a share out of range.
 
     rescale in [0, 1] is the share by which the deviation of each image is brought back to that under the condition
     alone, against over-exposure at high scales (Lin et al. 2024, Eq. 14 to 16, here on x0).
     """
     if not 0 <= rescale <= 1:
         raise UserError(f"guidance rescale is {rescale}: needs a value from 0 to 1")
-    if scale == 1:
-        return bind(denoiser, cond)
 
     def combine(bound: Tensor, free: Tensor, sigma: float) -> Tensor:
-        mixed = free.lerp(bound, scale)
+        x0 = free.lerp(bound, scale)
         if rescale == 0:
-            return mixed
-        dims = tuple(range(1, mixed.ndim))
-        ratio = bound.std(dims, keepdim=True) / mixed.std(dims, keepdim=True)
-        return mixed * (1 + rescale * (ratio - 1))
+            return x0
+        dims = tuple(range(1, x0.ndim))
+        ratio = bound.std(dims, keepdim=True) / x0.std(dims, keepdim=True)
+        return x0 * (1 + rescale * (ratio - 1))
 
-    return guided(denoiser, cond, uncond, combine)
+    return combine
 
 
-def cfgpp(
-    denoiser: Conditional, cond: Conditioning, uncond: Conditioning, scale: float, sigmas: Sequence[float] | Tensor
-) -> Denoise:
+def cfgpp(scale: float, sigmas: Sequence[float] | Tensor) -> Combine:
     """CFG++ (Chung et al. 2024): x0 guided with a scale in [0, 1], noise added back as the unconditional answer has it.
 
     For a deterministic first-order step from s to t that is classifier-free guidance of scale * s / (s - t), which is
     why it needs the levels of the run. UserError for a scale out of range.
     """
     if not 0 <= scale <= 1:
-        raise UserError(f"CFG++ scale is {scale}: needs a value from 0 to 1")
+        raise UserError(f"CFG++ scale is {scale:g}: needs a value from 0 to 1")
     rising = sorted(float(level) for level in sigmas)
 
     def combine(bound: Tensor, free: Tensor, sigma: float) -> Tensor:
@@ -80,19 +84,10 @@ def cfgpp(
         lower = rising[below - 1] if below else 0.0
         return free.lerp(bound, scale * sigma / (sigma - lower))
 
-    return guided(denoiser, cond, uncond, combine)
+    return combine
 
 
-def apg(
-    denoiser: Conditional,
-    cond: Conditioning,
-    uncond: Conditioning,
-    scale: float,
-    *,
-    parallel: float = 0.0,
-    momentum: float = -0.5,
-    radius: float = 15.0,
-) -> Denoise:
+def apg(scale: float, *, parallel: float = 0.0, momentum: float = -0.5, radius: float = 15.0) -> Combine:
     """Adaptive projected guidance (Sadat et al. 2025, algorithm 1): high scales without over-saturation.
 
     Of the difference cond - uncond only the share `parallel` along cond is kept; the difference carries a (negative)
@@ -111,7 +106,7 @@ def apg(
         along = (change * along).sum(dims, keepdim=True) * along
         return bound + (scale - 1) * (change - (1 - parallel) * along)
 
-    return guided(denoiser, cond, uncond, combine)
+    return combine
 
 
 def autoguidance(denoise: Denoise, weak: Denoise, scale: float) -> Denoise:
@@ -154,3 +149,55 @@ def classifier(denoise: Denoise, log_prob: Callable[[Tensor, Tensor], Tensor], s
         return denoise(x, sigma) + scale * column(sigma, x) ** 2 * gradient
 
     return denoise_towards
+
+
+KINDS = {  # name -> how it is written, and how few and how many numbers it takes
+    "rescale": ("rescale:0.7", 1, 1),
+    "apg": ("apg", 0, 1),
+    "cfgpp": ("cfgpp", 0, 0),
+    "threshold": ("threshold:0.995-3", 2, 2),
+    "interval": ("interval:0.3-5", 2, 2),
+}
+
+
+class Guidance:
+    """What a text such as `apg+interval:0.3-5` asks for: KINDS with their numbers, joined by a plus.
+
+    apg:RADIUS, cfgpp and rescale:SHARE combine answers in their own way; interval:LOW-HIGH guides between two noise
+    levels alone, and asks the network once in place of twice elsewhere; threshold:SHARE-LIMIT clips what comes out.
+    UserError for what is none of them. combine: see Combine; alone: the answer without the condition is not needed.
+    """
+
+    def __init__(self, text: str, scale: float, sigmas: Sequence[float] | Tensor) -> None:
+        self.parts = dict(map(_part, filter(None, text.split("+"))))
+        chosen = [name for name in ("rescale", "apg", "cfgpp") if name in self.parts]
+        if len(chosen) > 1:
+            raise UserError(f"guidance {text!r} joins {' and '.join(chosen)}: choose one of them")
+        match chosen:
+            case ["apg"]:
+                self.combine = apg(scale, radius=(*self.parts["apg"], 15.0)[0])
+            case ["cfgpp"]:
+                self.combine = cfgpp(scale, sigmas)
+            case _:
+                self.combine = mixed(scale, *self.parts.get("rescale", ()))
+        self.alone = scale == 1 and chosen != ["cfgpp"]
+        self.limit(lambda x, sigma: x, lambda x, sigma: x)  # refuses numbers that cannot be
+
+    def limit(self, guided: Denoise, bound: Denoise) -> Denoise:
+        """A guided denoiser with its answers clipped, and one that is not guided where the interval does not reach."""
+        if "threshold" in self.parts:
+            guided = threshold(guided, *self.parts["threshold"])
+        return interval(guided, bound, *self.parts["interval"]) if "interval" in self.parts else guided
+
+
+def _part(text: str) -> tuple[str, list[float]]:
+    """`interval:0.3-5` as its name and numbers."""
+    name, _, numbers = text.strip().partition(":")
+    try:
+        values = [float(number) for number in numbers.split("-")] if numbers else []
+    except ValueError:
+        values = [math.nan] * 9
+    if name not in KINDS or not KINDS[name][1] <= len(values) <= KINDS[name][2]:
+        known = ", ".join(form for form, _, _ in KINDS.values())
+        raise UserError(f"guidance {text!r} cannot be read{nearest(name, list(KINDS))}: write {known}, joined by +")
+    return name, values

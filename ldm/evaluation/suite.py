@@ -351,7 +351,7 @@ METRICS = {
 def settings(texts: Sequence[str]) -> dict[str, list[Any]]:
     """`steps=4,8` as {"steps": [4, 8]}: fields of a Request that say how to paint. UserError for other ones."""
     kinds: dict[str, type] = {"steps": int, "cfg_scale": float, "width": int, "height": int, "clip_skip": int}
-    kinds |= dict.fromkeys(("sampler", "schedule", "negative"), str)
+    kinds |= dict.fromkeys(("sampler", "schedule", "guidance", "negative"), str)
     found: dict[str, list[Any]] = {}
     for text in texts:
         name, _, values = text.partition("=")

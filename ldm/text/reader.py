@@ -9,7 +9,7 @@ import torch
 
 from ldm.conditioning import Conditioning
 from ldm.diffusion.editing import by_step, composed
-from ldm.diffusion.guidance import Conditional, Denoise, cfg
+from ldm.diffusion.guidance import Conditional, Denoise, Guidance, bind, guided, mixed
 from ldm.errors import UserError
 from ldm.request import Request
 from ldm.shapes import Latent, Sigmas
@@ -62,11 +62,13 @@ class Reader:
         steps = len(sigmas) - 1
         prompts = [self.parsed(request) for request in requests]
         asked = [tuple((p.at(i, steps), n.at(i, steps)) for p, n in prompts) for i in range(steps)]
-        bound = {each: self._bind(denoiser, requests[0], each, concat) for each in dict.fromkeys(asked)}
+        bound = {each: self._bind(denoiser, requests[0], each, sigmas, concat) for each in dict.fromkeys(asked)}
         return bound[asked[0]] if len(bound) == 1 else by_step(sigmas, [bound[each] for each in asked])
 
-    def _bind(self, denoiser: Conditional, r: Request, asked: Sequence[Asked], concat: Latent | None) -> Denoise:
-        assert r.cfg_scale is not None
+    def _bind(
+        self, denoiser: Conditional, r: Request, asked: Sequence[Asked], sigmas: Sigmas, concat: Latent | None
+    ) -> Denoise:
+        assert r.cfg_scale is not None and r.guidance is not None
         parts = [(row, part) for row, (wanted, _) in enumerate(asked) for part in wanted]
         texts = [self.chunks(part) for _, part in parts] + [self.chunks(part) for _, (part,) in asked]
         m, n = len(parts), len(asked)
@@ -79,6 +81,9 @@ class Reader:
         if self.show is not None:
             cond, uncond = self.show(cond, uncond)
         weights = torch.tensor([part.weight for _, part in parts])
-        if m == n and bool((weights == 1).all()):
-            return cfg(denoiser, cond, uncond, r.cfg_scale)
-        return composed(denoiser, cond, uncond, weights, owner, r.cfg_scale)
+        guidance = Guidance(r.guidance, r.cfg_scale, sigmas)
+        if m > n or bool((weights != 1).any()):
+            plain = composed(denoiser, cond, uncond, weights, owner, mixed(1.0))
+            return guidance.limit(composed(denoiser, cond, uncond, weights, owner, guidance.combine), plain)
+        bound = bind(denoiser, cond)
+        return bound if guidance.alone else guidance.limit(guided(denoiser, cond, uncond, guidance.combine), bound)

@@ -8,7 +8,18 @@ import torch
 from torch import Tensor
 
 from ldm.conditioning import Conditioning
-from ldm.diffusion.guidance import apg, autoguidance, bind, cfg, cfgpp, classifier, interval, threshold
+from ldm.diffusion.guidance import (
+    Guidance,
+    apg,
+    autoguidance,
+    bind,
+    cfg,
+    cfgpp,
+    classifier,
+    guided,
+    interval,
+    threshold,
+)
 from ldm.diffusion.mixture import Mixture, ring
 from ldm.diffusion.samplers import SAMPLERS
 from ldm.errors import UserError
@@ -46,7 +57,7 @@ def test_apg_equals_diffusers_over_a_run() -> None:
 
     for options in ({}, {"parallel": 0.4, "momentum": -0.8, "radius": 2.0}):
         given = {"parallel": 0.0, "momentum": -0.5, "radius": 15.0, **options}
-        denoise = apg(denoiser, COND, UNCOND, 6.0, **options)
+        denoise = guided(denoiser, COND, UNCOND, apg(6.0, **options))
         for _ in range(2):  # the second run starts without momentum
             buffer = MomentumBuffer(given["momentum"])
             for s in (4.0, 2.0, 1.0):
@@ -60,14 +71,14 @@ def test_apg_equals_diffusers_over_a_run() -> None:
 @pytest.mark.parametrize("name", ["ddim", "euler"])
 def test_cfgpp_renoises_with_the_unconditional_noise(name: str) -> None:
     grid, scale, x = [5.0, 2.0, 0.8, 0.1, 0.0], 0.6, X * 5
-    denoise = cfgpp(denoiser, COND, UNCOND, scale, grid)
+    denoise = guided(denoiser, COND, UNCOND, cfgpp(scale, grid))
     got = list(SAMPLERS[name](denoise, x, grid, torch.randn_like))[-1].x
     for s, t in pairwise(grid):  # algorithm 2 of the paper, in x = x0 + sigma * eps
         bound, free = answers(x, torch.full((2,), s))
         x = free + scale * (bound - free) + t * (x - free) / s
     torch.testing.assert_close(got, x)
     with pytest.raises(UserError, match=r"CFG\+\+ scale is 7.5"):
-        cfgpp(denoiser, COND, UNCOND, 7.5, grid)
+        cfgpp(7.5, grid)
 
 
 def test_interval_guides_only_inside_it() -> None:
@@ -78,6 +89,23 @@ def test_interval_guides_only_inside_it() -> None:
         assert torch.equal(denoise(X, sigma), wanted(X, sigma))
     with pytest.raises(UserError, match="needs 0 <= low < high"):
         interval(strong, plain, 2.0, 1.0)
+
+
+def test_a_text_says_how_to_guide() -> None:
+    bound, free = answers()
+    for text, wanted in {
+        "": cfg(denoiser, COND, UNCOND, 5.0),
+        "rescale:0.7": cfg(denoiser, COND, UNCOND, 5.0, rescale=0.7),
+        "apg": guided(denoiser, COND, UNCOND, apg(5.0)),
+        "apg:2": guided(denoiser, COND, UNCOND, apg(5.0, radius=2)),
+        "threshold:0.9-0.5": threshold(cfg(denoiser, COND, UNCOND, 5.0), 0.9, 0.5),
+        "apg + interval:3-4": bind(denoiser, COND),
+    }.items():
+        guidance = Guidance(text, 5.0, [2.0, 0.0])
+        got = guidance.limit(guided(denoiser, COND, UNCOND, guidance.combine), bind(denoiser, COND))(X, SIGMA)
+        assert torch.equal(got, wanted(X, SIGMA)), text
+    assert Guidance("apg", 1.0, [2.0, 0.0]).alone and not Guidance("cfgpp", 1.0, [2.0, 0.0]).alone
+    assert torch.equal(Guidance("cfgpp", 0.5, [2.0, 0.0]).combine(bound, free, 2.0), free.lerp(bound, 0.5))
 
 
 def test_thresholding_equals_diffusers() -> None:

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from ldm import pipeline
 from ldm.conditioning import Conditioning
 from ldm.diffusion.editing import by_step, composed
+from ldm.diffusion.guidance import mixed
 from ldm.errors import UserError
 from ldm.pipeline import Pipeline
 from ldm.recipe import Request
@@ -152,7 +153,9 @@ def test_composition_is_a_weighted_sum() -> None:
         return Conditioning(torch.tensor(values).float()[:, None, None])
 
     x, sigma = torch.zeros(2, 1, 1, 1), torch.ones(2)
-    denoise = composed(denoiser, conds(5, 7, 11), conds(1, 2), torch.tensor([1, 0.5, 2]), torch.tensor([0, 1, 1]), 3.0)
+    denoise = composed(
+        denoiser, conds(5, 7, 11), conds(1, 2), torch.tensor([1, 0.5, 2]), torch.tensor([0, 1, 1]), mixed(3.0)
+    )
     assert denoise(x, sigma).flatten().tolist() == [1 + 3 * 4, 2 + 3 * (0.5 * 5 + 2 * 9)]
 
 
