@@ -168,7 +168,7 @@ class Encoder(nn.Module):
         h = self.conv_in(F.pixel_unshuffle(image, self.patch))
         for stage in self.down:
             h = stage(h)
-        return self.moments(self.conv_out(F.silu(self.norm_out(self.mid(h)))))
+        return self.moments(self.conv_out(self.norm_out.activated(self.mid(h))))
 
 
 class Decoder(nn.Module):
@@ -199,7 +199,7 @@ class Decoder(nn.Module):
         h = self.mid(self.conv_in(self.expand(z)))
         for stage in self.up:
             h = stage(h)
-        return F.pixel_shuffle(self.conv_out(F.silu(self.norm_out(h))), self.patch)
+        return F.pixel_shuffle(self.conv_out(self.norm_out.activated(h)), self.patch)
 
 
 class Autoencoder(nn.Module):

@@ -18,11 +18,19 @@ def sinusoid(label: Float[Tensor, " b"], width: int) -> Float[Tensor, "b d"]:
     return torch.cat([angles.cos(), angles.sin()], dim=1)
 
 
-def norm(channels: int, groups: int, eps: float) -> nn.GroupNorm:
-    """GroupNorm (Wu & He 2018), with an error that says which widths work."""
+class GroupNorm(nn.GroupNorm):
+    """GroupNorm (Wu & He 2018), and SiLU with it: a place where one kernel may do both."""
+
+    def activated(self, x: Features) -> Features:
+        """SiLU of the normalised."""
+        return F.silu(self(x))
+
+
+def norm(channels: int, groups: int, eps: float) -> GroupNorm:
+    """A norm, with an error that says which widths work."""
     if channels % groups:
         raise ValueError(f"{channels} channels are not divisible by {groups} groups: choose another width or `groups`")
-    return nn.GroupNorm(groups, channels, eps=eps)
+    return GroupNorm(groups, channels, eps=eps)
 
 
 class ResBlock(nn.Module):
@@ -39,10 +47,10 @@ class ResBlock(nn.Module):
 
     def forward(self, x: Features, time: Float[Tensor, "b d"] | None = None) -> Features:
         """x: (b, channels, h, w); time: (b, time_dim), already through SiLU."""
-        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv1(self.norm1.activated(x))
         if self.time is not None and time is not None:
             h = h + self.time(time)[:, :, None, None]
-        h = self.conv2(F.silu(self.norm2(h)))
+        h = self.conv2(self.norm2.activated(h))
         return h + (x if self.skip is None else self.skip(x))
 
 

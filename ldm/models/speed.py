@@ -5,6 +5,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable
+from importlib.util import find_spec
 from typing import Any
 from weakref import WeakKeyDictionary, ref
 
@@ -121,8 +122,9 @@ def _phases(weight: Tensor) -> list[Tensor]:
 def prepare(network: nn.Module, attention: str = "auto", compiled: bool = False) -> None:
     """Lay a network out for inference: convolutions channels-last, linear layers packed or fused where that pays.
 
-    attention: see `use_attention`; compiled: compile its transformer blocks, at their first use. UserError for an
-    attention that cannot be, or where there is nothing to compile with.
+    attention: see `use_attention`; compiled: compile its transformer blocks, at their first use, and on a GPU also
+    take `kernels`, and replay a UNet as a graph. UserError for an attention that cannot be, or where there is nothing
+    to compile with.
     """
     network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     use_attention(network, attention)
@@ -145,6 +147,13 @@ def _compile(network: nn.Module) -> None:
     on_cpu = any(parameter.device.type == "cpu" for parameter in network.parameters())
     if on_cpu and not any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "g++", "clang++")):
         raise UserError("--compile: there is no C++ compiler here (g++), leave it out")
+    if not on_cpu:
+        if find_spec("triton") is None:
+            raise UserError("--compile: on a GPU it needs Triton: pip install triton==3.7.1, or leave it out")
+        from ldm.models import graphs, kernels
+
+        kernels.install(network)
+        graphs.install(network)
     einops._torch_specific.allow_ops_in_compiled_graph()  # see ldm.models
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, COMPILED_FORMS)
     for module in network.modules():

@@ -158,7 +158,7 @@ class UNet(nn.Module):
                 h = block(torch.cat([h, skips.pop()], dim=1), time, cond)
             if level.resample is not None:
                 h = level.resample(h)
-        return self.conv_out(F.silu(self.norm_out(h)))
+        return self.conv_out(self.norm_out.activated(h))
 
 
 @runtime_checkable

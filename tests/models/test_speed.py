@@ -14,7 +14,7 @@ from ldm.conditioning import Conditioning
 from ldm.errors import UserError
 from ldm.models import attention, speed
 from ldm.models.autoencoder import Autoencoder, AutoencoderConfig
-from ldm.models.layers import Upsample
+from ldm.models.layers import GroupNorm, Upsample
 from ldm.models.unet import UNet, UNetConfig
 
 CONFIG = UNetConfig(channels=(32, 64), res_blocks=1, depth=(1, 1), heads=(2, 2), context_dim=160, groups=8)
@@ -190,6 +190,26 @@ def test_compiling_goes_block_by_block(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(speed.shutil, "which", lambda name: None)
     with pytest.raises(UserError, match="no C\\+\\+ compiler"):
         speed.prepare(network, compiled=True)
+
+
+def test_compiled_for_a_gpu_it_takes_kernels_and_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention.TransformerBlock, "compile", lambda self, **options: None)
+    monkeypatch.setattr(speed, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="--compile: on a GPU it needs Triton"):
+        speed.prepare(unet().to("meta"), compiled=True)  # any device that is no CPU
+    monkeypatch.undo()
+    pytest.importorskip("triton", reason="triton is not installed: requirements-dev.txt")
+    from ldm.models import graphs, kernels
+
+    monkeypatch.setattr(attention.TransformerBlock, "compile", lambda self, **options: None)
+    for device, taken in (("meta", True), ("cpu", False)):
+        network = unet().to(device)
+        speed.prepare(network)
+        assert type(network) is UNet and type(network.norm_out) is GroupNorm  # only when asked
+        speed.prepare(network, compiled=True)
+        assert isinstance(network, graphs.Recorded) is taken
+        assert isinstance(network.norm_out, kernels.FusedNorm) is taken
+        assert any(isinstance(m, kernels.Gated) for m in network.modules()) is taken
 
 
 @pytest.mark.slow
