@@ -11,9 +11,10 @@ import torch
 from ldm import config
 from ldm.errors import Parser, UserError
 from ldm.models import speed
-from ldm.training.config import LdmRun, VaeRun
+from ldm.training.config import LdmRun, RunConfig, VaeRun
 from ldm.training.loop import Task, train
 from ldm.training.memory import announce
+from ldm.training.processes import meet
 
 Run = TypeVar("Run", bound=VaeRun | LdmRun)
 
@@ -26,8 +27,13 @@ def train_by(kind: type[Run], make: Callable[[Run], Task], usage: str) -> int:
     parser.epilog = f"fields of the config, with their defaults:\n{fields}"
     parser.add_argument("config", type=Path, help="a YAML file")
     parser.add_argument("--run", type=Path, required=True, help="the folder of the run, made if it is not there")
-    known, overrides = parser.parse_known_args()
-    settings = config.load(kind, known.config, overrides)
+    try:
+        known, overrides = parser.parse_known_args()
+        settings = config.load(kind, known.config, overrides)
+    except UserError:
+        meet(RunConfig.timeout)  # those whose command or file is right see this one end
+        raise
+    meet(settings.run.timeout)
     torch.manual_seed(settings.run.seed)  # of the fresh weights: all else is keyed
     task = make(settings)
     announce(task, settings)

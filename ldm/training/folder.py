@@ -1,6 +1,8 @@
 """The folder of a run: config.yaml, log.jsonl, samples, checkpoints, the model; and whether it may be gone on with."""
 
 import json
+import os
+import secrets
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -31,18 +33,29 @@ class RunFolder:
         except OSError as error:
             raise UserError(f"cannot make the run folder {str(path)!r}: {error.strerror}") from None
 
-    def claim(self) -> None:
-        """Hold the folder until this process ends. UserError where another run is going on in it."""
-        try:
+    def claim(self) -> int:
+        """Hold the folder until this process ends; what `claimed` then says. UserError where another run holds it."""
+        number = secrets.randbelow(2**62)
+        self._held = (self.path / ".lock").open("a")
+        with suppress(ImportError):  # Windows
             import fcntl
-        except ImportError:  # Windows
-            return
-        self._held = (self.path / ".lock").open("w")
-        try:
-            fcntl.lockf(self._held, fcntl.LOCK_EX | fcntl.LOCK_NB)  # of this process alone: no worker inherits it
-        except OSError:
-            held = f"another run is going on in {str(self.path)!r}: wait for it, or take another --run"
-            raise UserError(held) from None
+
+            try:
+                fcntl.lockf(self._held, fcntl.LOCK_EX | fcntl.LOCK_NB)  # of this process alone: no worker inherits it
+            except OSError:
+                held = f"another run is going on in {str(self.path)!r}: wait for it, or take another --run"
+                raise UserError(held) from None
+        self._held.truncate(0)
+        self._held.write(str(number))
+        self._held.flush()
+        os.fsync(self._held.fileno())
+        return number
+
+    def claimed(self) -> int:
+        """The number of the process that holds this very folder, for others: reading ends a lock of one's own."""
+        with suppress(OSError, ValueError):
+            return int((self.path / ".lock").read_text())
+        return -1
 
     def write_config(self, settings: Any) -> None:
         with replacing(self.path / "config.yaml") as temporary:

@@ -64,18 +64,22 @@ def train(task: Task, config: VaeRun | LdmRun, path: Path) -> Outcome:
     """Train to the last step, from the newest checkpoint in `path` if there is one.
 
     UserError where the folder belongs to another run, the disk is full, too many steps in a row are not finite, or
-    another process of the run is gone.
+    another process of the run is gone, or the machines share no folder.
     """
     run, optim = config.run, config.optim
     folder = RunFolder(path)
     processes = Processes(run, optim, path)
     accelerator, device, main = processes.accelerator, processes.device, processes.main
-    if main:
-        folder.claim()
     if device.type == "cuda":
         torch.backends.cudnn.benchmark = True
 
     with processes.together(), Bar(run.steps, shown=main) as bar, interrupts() as interrupted, Writer() as writer:
+        with processes.main_first():
+            claim = folder.claim() if main else folder.claimed()
+        if len(set(processes.extremes(claim))) > 1:
+            raise UserError(
+                f"the machines see different folders {str(path)!r}: --run is to be on a disk that all share"
+            )
         with processes.main_first():  # what it may prepare on disk is then there for the others
             task.to(device)
         for network in task.networks.values():
@@ -120,10 +124,11 @@ def train(task: Task, config: VaeRun | LdmRun, path: Path) -> Outcome:
             check()
             state = {"step": done, "config": configs.to_dict(config)}
             state |= {"meter": meter.state(accelerator), "guard": guard.state()}
-            if not main and not split:
-                return
             with clock.on("save"):
                 writer.wait()
+                processes.wait()  # for the main one's disk, however slow it is
+                if not main and not split:
+                    return
                 saved = copied(snapshot(task.networks, ema, by_name), keep=main), state
             step = done
             if main:
@@ -222,6 +227,7 @@ def train(task: Task, config: VaeRun | LdmRun, path: Path) -> Outcome:
                 save()
                 break
         writer.wait()
+        processes.wait()  # launchers end all when the first has ended
         if number:
             bar.say(f"stopped at step {done}, which is saved: the same command goes on from there")
         else:

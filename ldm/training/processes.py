@@ -1,5 +1,6 @@
 """Several processes as one run: how they begin, wait for each other, agree, and notice that one of them is gone."""
 
+import functools
 import importlib.util
 import os
 from collections.abc import Iterator
@@ -9,8 +10,8 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs, get_int_from_env
+from accelerate import Accelerator, PartialState
+from accelerate.utils import get_int_from_env, parse_flag_from_env
 
 from ldm.errors import UserError
 from ldm.training.config import OptimConfig, RunConfig
@@ -18,6 +19,26 @@ from ldm.training.config import OptimConfig, RunConfig
 _PATIENCE = timedelta(days=7)  # for what one process does while the others wait: encoding pictures, validating
 _SHARDED = ("FSDP", "DEEPSPEED", "MEGATRON_LM")
 _LOST = ("gloo", "nccl", "connection", "timed out", "timeout", "socket")  # in the words of those that were left
+
+
+@functools.cache
+def meet(seconds: int) -> dist.ProcessGroup | None:
+    """Join the others, so that the end of this process is noticed in seconds; a group on the CPU, None if it is alone.
+
+    seconds: that processes wait for each other. UserError where they do not all come.
+    """
+    patience, cpu = timedelta(seconds=seconds), parse_flag_from_env("ACCELERATE_USE_CPU")
+    if launched() > 1 and not cpu and not torch.accelerator.is_available():  # accelerate would let each train alone
+        raise UserError(f"{launched()} processes and no GPU: ACCELERATE_USE_CPU=true trains on the CPU")
+    try:
+        PartialState(cpu, timeout=patience)
+        return dist.new_group(backend="gloo", timeout=patience) if launched() > 1 else None
+    except RuntimeError as error:
+        raise UserError(
+            f"the {launched()} processes did not find each other within {seconds} s ({_first_line(error)}): see that "
+            "every machine was started and reaches the main one, and that each is reached by the name it calls itself, "
+            "or put the network's device into GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME"
+        ) from None
 
 
 class Processes:
@@ -32,21 +53,20 @@ class Processes:
                 )
         for fault in faults(run, optim, launched()):
             raise UserError(fault)
+        self._group = meet(run.timeout)
         self.accelerator = Accelerator(
-            mixed_precision=precision(run),
-            log_with=list(run.trackers) or None,
-            project_dir=path,
-            kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=run.timeout))],
+            mixed_precision=precision(run), log_with=list(run.trackers) or None, project_dir=path
         )
         set_exactness(run)
         self.count, self.main = self.accelerator.num_processes, self.accelerator.is_main_process
         self.rank, self.device = self.accelerator.process_index, self.accelerator.device
-        self._patient = dist.new_group(backend="gloo", timeout=_PATIENCE) if self.count > 1 else None
 
     def wait(self) -> None:
         """Until all are here, however long that takes."""
-        if self._patient is not None:
-            dist.barrier(group=self._patient)
+        if self._group is not None:
+            patient = dist.BarrierOptions()
+            patient.timeout = _PATIENCE
+            self._group.barrier(patient).wait()
 
     @contextmanager
     def main_first(self) -> Iterator[None]:
@@ -59,10 +79,10 @@ class Processes:
 
     def extremes(self, number: int) -> tuple[int, int]:
         """The smallest and the largest that any process has."""
-        if self._patient is None:
+        if self._group is None:
             return number, number
         numbers = [torch.zeros((), dtype=torch.int64) for _ in range(self.count)]
-        dist.all_gather(numbers, torch.tensor(int(number)), group=self._patient)
+        dist.all_gather(numbers, torch.tensor(int(number)), group=self._group)
         return int(min(numbers)), int(max(numbers))
 
     @contextmanager
@@ -71,13 +91,17 @@ class Processes:
         try:
             yield
         except RuntimeError as error:
-            first = str(error).splitlines()[0] if str(error) else type(error).__name__
+            first = _first_line(error)
             if self.count == 1 or not any(word in first.lower() for word in _LOST):
                 raise
             raise UserError(
                 f"process {self.rank} of {self.count} stops, since another one is gone or hangs (its own message says "
                 f"why): {first}. The same command goes on from the last checkpoint"
             ) from None
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
 def launched() -> int:

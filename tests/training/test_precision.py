@@ -1,13 +1,18 @@
 """What `run.precision` means to the machine."""
 
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
+from torch import nn
 
+from ldm.training import processes
 from ldm.training.config import OptimConfig, RunConfig
+from ldm.training.learner import SCALE, STREAK, Batch, Learner, Loss, Losses
 from ldm.training.processes import Processes, faults, precision
 
 
@@ -38,3 +43,44 @@ def test_what_accelerate_is_told(name: str, mixed: str, monkeypatch: pytest.Monk
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     found = list(faults(run, OptimConfig(), 1))
     assert found == (["run.precision fp16 needs a GPU: take bf16, which CPUs compute in too"] if name == "fp16" else [])
+
+
+def test_a_run_in_fp16_leaves_out_what_overflows_and_goes_on_bit_for_bit(
+    ldm, run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A GPU's matter, done here in the CPU's own fp16, which is slow, from a scale that is too large at first."""
+    begin, seen = Learner.__init__, set[torch.dtype]()
+
+    def begin_high(learner: Learner, *given: Any, **named: Any) -> None:
+        begin(learner, *given, **named)
+        learner.scaler[SCALE].fill_(2.0**21)
+
+    def forward(module: Loss, batch: Batch) -> Losses:
+        with torch.autocast("cpu", torch.float16):
+            seen.add(nn.functional.linear(torch.ones(2, 2), torch.ones(2, 2)).dtype)
+            return module.function(batch)
+
+    monkeypatch.setattr(processes, "faults", lambda *_: iter(()))
+    monkeypatch.setattr(Learner, "__init__", begin_high)
+    monkeypatch.setattr(Loss, "forward", forward)
+    words = ["--run.precision", "fp16", "--run.checkpoint_every", "1", "--run.keep", "9", "--run.validate_on", "1"]
+    for name, ends in (("whole", ["6"]), ("parts", ["2", "6"])):
+        for steps in ends:
+            run(ldm(*words, "--run.steps", steps), tmp_path / name)
+    files = [sorted((tmp_path / name / "checkpoints").glob("*/state.safetensors")) for name in ("whole", "parts")]
+    assert seen == {torch.float16} and len(files[0]) == 6
+    assert [file.read_bytes() for file in files[0]] == [file.read_bytes() for file in files[1]]
+
+    left_out = 0
+    for one, other in itertools.pairwise(load_file(file) for file in files[0]):
+        names = [f"learners.denoiser.{name}" for name in (SCALE, STREAK)]
+        scale, streak = ((one[name], other[name]) for name in names)
+        moved = {name for name in one.keys() - names if not torch.equal(one[name], other[name])}
+        if scale[1] == scale[0] / 2:
+            left_out += 1
+            assert not moved and streak[1] == 0
+        else:
+            assert scale[1] == scale[0] and streak[1] == streak[0] + 1
+            for part in ("networks.", "ema.", "learners."):
+                assert any(name.startswith(part) for name in moved)
+    assert 1 < left_out < 5

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from training.trainee import Server, Trainee, records, result
+from training.trainee import SHARDS, Server, Trainee, records, result
 
 from ldm.training import checkpoint
 
@@ -99,6 +99,52 @@ def test_a_signal_to_every_process_of_a_run_still_saves_it(server: Server, tmp_p
     assert trainee.wait() == [128 + signal.SIGTERM] * 2, trainee.said
     assert "which is saved" in trainee.said
     assert int(checkpoint.complete(tmp_path / "checkpoints")[-1].name) == records(tmp_path)[-1]["step"]
+
+
+def test_no_process_of_a_run_ends_before_its_checkpoint_is_written(server: Server, tmp_path: Path):
+    trainee = server.start("vae", tmp_path, ["--run.steps", "100000", "--run.checkpoint_every", "1"], ranks=2, slow=1)
+    until_saved(trainee, tmp_path)
+    trainee.signal(signal.SIGTERM)
+    while trainee.running(1):  # a launcher ends, or kills, the others of a machine when the first has ended
+        time.sleep(0.02)
+    assert int(checkpoint.complete(tmp_path / "checkpoints")[-1].name) == records(tmp_path)[-1]["step"]
+    assert trainee.wait() == [128 + signal.SIGTERM] * 2, trainee.said
+
+
+def test_a_rank_that_fails_takes_the_other_down_with_a_message(server: Server, tmp_path: Path):
+    trainee = server.start("vae", tmp_path, ["--run.steps", "100000"], ranks=2, fail=3)
+    assert trainee.wait(60) == [2, 1], trainee.said
+    assert "ValueError: this process alone" in trainee.said and trainee.said.count("Traceback") == 1
+    assert "process 0 of 2 stops, since another one is gone or hangs" in trainee.said
+
+
+@pytest.mark.parametrize("fault", [["--data.shards", "MISSING"], ["--run.steps", "RANK"], ["--run.stepz", "RANK"]])
+def test_a_mistake_on_one_machine_is_not_waited_for_on_the_other(fault: list[str], server: Server, tmp_path: Path):
+    (tmp_path / "0").symlink_to(SHARDS.parent)
+    shards = str(tmp_path / "RANK" / SHARDS.name)
+    words = [word.replace("MISSING", shards) for word in fault]
+    trainee = server.start("vae", tmp_path / "run", words, ranks=2)
+    assert trainee.wait(60) == [2, 2], trainee.said
+    each = 2 if "--run.stepz" in fault else 1
+    assert trainee.said.count("error: ") == 2 and "Traceback" not in trainee.said
+    assert trainee.said.count("another one is gone or hangs") == 2 - each, trainee.said
+
+
+def test_machines_that_share_no_folder_are_refused(server: Server, tmp_path: Path):
+    trainee = server.start("vae", tmp_path / "RANK", ranks=2)
+    assert trainee.wait(60) == [2, 2], trainee.said
+    assert trainee.said.count("error: the machines see different folders") == 2
+    assert not list(tmp_path.glob("*/checkpoints"))
+
+
+def test_processes_that_cannot_be_together_do_not_train_alone(server: Server, tmp_path: Path):
+    no_gpu = {"ACCELERATE_USE_CPU": "false", "CUDA_VISIBLE_DEVICES": ""}
+    trainee = server.start("vae", tmp_path, ranks=2, more=no_gpu)
+    assert trainee.wait(60) == [2, 2] and trainee.said.count("2 processes and no GPU") == 2, trainee.said
+    lone = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    trainee = server.start("vae", tmp_path, ["--run.timeout", "2"], more=lone)
+    assert trainee.wait(60) == [2], trainee.said
+    assert "2 processes did not find each other within 2 s" in trainee.said and "Traceback" not in trainee.said
 
 
 def test_a_rank_that_dies_takes_the_other_down_with_a_message(server: Server, tmp_path: Path):

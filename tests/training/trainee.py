@@ -125,8 +125,9 @@ class Server:
         more: Mapping[str, str] = MappingProxyType({}),
         **how: int,
     ) -> Trainee:
-        """more: of the environment. how: `die`, the step in which it kills itself; `strike`, the use of a file in its
-        folder before which it does; `file_size`, a limit in bytes."""
+        """RANK in a run's path or an override is each process's own. more: of the environment. how: `die`, the step in
+        which it kills itself; `fail`, in which the second rank raises; `strike`, the use of a file in its folder before
+        which it dies; `file_size`, a limit in bytes; `slow`, seconds that a checkpoint takes."""
         self._count += 1
         said = self.folder / f"said-{self._count}.txt"
         environment = dict(more)
@@ -137,8 +138,9 @@ class Server:
         arguments = [str(self.folder / f"{kind}.yaml"), "--run", str(run), *overrides]
         pids = []
         for rank in range(ranks):
-            own = environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {}
-            request = {"kind": kind, "arguments": arguments, "environment": own, "said": str(said)} | how
+            own = environment | ({"RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {})
+            words = [word.replace("RANK", str(rank)) for word in arguments]
+            request = {"kind": kind, "arguments": words, "environment": own, "said": str(said)} | how
             pids.append(self.ask(request))
         return Trainee(self, pids, said)
 
@@ -176,6 +178,10 @@ def _child(request: dict[str, Any]) -> None:
     run = Path(request["arguments"][2])
     if "die" in request:
         die_in_step(request["die"], run / "checkpoints")
+    if "fail" in request and os.environ["RANK"] != "0":
+        die_in_step(request["fail"], run / "checkpoints", raising=True)
+    if "slow" in request:
+        write_slowly(request["slow"])
     if "strike" in request:
         die_at_file(request["strike"], run)
     script = ROOT / f"scripts/train_{request['kind']}.py"
@@ -183,7 +189,7 @@ def _child(request: dict[str, Any]) -> None:
     runpy.run_path(str(script), run_name="__main__")
 
 
-def die_in_step(step: int, checkpoints: Path) -> None:
+def die_in_step(step: int, checkpoints: Path, *, raising: bool = False) -> None:
     """This process, and its workers, when it sees the batch of a step, and there is a checkpoint."""
     from ldm.training.guard import Guard
 
@@ -193,10 +199,20 @@ def die_in_step(step: int, checkpoints: Path) -> None:
         if batch["step"] == step:
             while not list(checkpoints.glob("[0-9]*")):
                 time.sleep(0.01)
+            if raising:
+                raise ValueError("this process alone has an error")
             os.killpg(os.getpgid(0), signal.SIGKILL)
         look(guard, batch)
 
     Guard.look = see  # type: ignore[method-assign]
+
+
+def write_slowly(seconds: int) -> None:
+    """As a slow disk does."""
+    from ldm.training import checkpoint
+
+    write = checkpoint.write
+    checkpoint.write = lambda *given: (time.sleep(seconds), write(*given))[1]
 
 
 def die_at_file(count: int, run: Path) -> None:
