@@ -116,8 +116,7 @@ class Pipeline:
     def prepare(self, attention: str = "auto", compiled: bool = False) -> None:
         """Lay its networks out for speed: see `ldm.models.speed`. UserError for what cannot be here."""
         for name, network in self._networks.items():
-            if not name.endswith("text"):
-                prepare(network, attention, compiled)
+            prepare(network, attention, compiled and not name.endswith("text"))
 
     def complete(self, request: Request) -> Request:
         """Fill in the model's defaults. UserError, with the value and a remedy, for what the model cannot paint."""

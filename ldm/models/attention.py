@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ldm.conditioning import Conditioning
 from ldm.errors import UserError, nearest
 from ldm.models.layers import Features, norm
-from ldm.models.processor import native_bf16, slow_blas
+from ldm.models.processor import native_bf16, slow_blas, slow_fp16
 
 Sequence = Float[Tensor, "b l d"]
 Heads = Float[Tensor, "b n _ _"]
@@ -35,6 +35,8 @@ def attend(q: Heads, k: Heads, v: Heads, mask: Mask | None = None) -> Heads:
     """
     if q.device.type != "cpu":
         return fused(q, k, v, mask)
+    if q.dtype == torch.float16 and slow_fp16():
+        return attend(q.float(), k.float(), v.float(), mask).half()
     if q.shape[2] * k.shape[2] > SHORT:
         forward = not (torch.is_grad_enabled() and q.requires_grad)
         tiles = q.shape[2] >= TILE and mask is None and _tiles_pay(q.dtype)

@@ -21,3 +21,17 @@ def slow_blas() -> bool:
     except OSError:
         return False
     return torch.backends.mkl.is_available() and "AuthenticAMD" in vendor
+
+
+@cache
+def multiplies(dtype: torch.dtype) -> bool:
+    """Whether oneDNN multiplies numbers of a type on this CPU: fp32 everywhere, halves by instructions of their own."""
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16) or not torch.backends.mkldnn.is_available():
+        return False
+    asked = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
+    return dtype == torch.float32 or bool(getattr(torch.ops.mkldnn, asked[dtype])())
+
+
+def slow_fp16() -> bool:
+    """Whether fp16 is better multiplied in fp32 on the CPU: where oneDNN does that alone, torch's own is slow."""
+    return multiplies(torch.float32) and not multiplies(torch.float16)

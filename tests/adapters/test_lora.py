@@ -1,5 +1,6 @@
 """Low-rank adapters on their own: the formula, in and out, and that they train."""
 
+import copy
 from collections.abc import Callable
 
 import pytest
@@ -8,7 +9,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from ldm.adapters.lora import LowRank, Place, fuse, inject
-from ldm.models.speed import Packed
+from ldm.models.layers import Upsample
+from ldm.models.speed import _LAID_OUT, Phased
 
 
 def rand(*shape: int, seed: int = 0) -> Tensor:
@@ -100,16 +102,20 @@ def test_what_is_fused_stays(modules: dict[str, nn.Module]) -> None:
     assert type(layer.weight) is nn.Parameter
 
 
-def test_a_layer_that_keeps_its_weights_packed_follows() -> None:
+def test_a_layer_that_keeps_its_weights_in_another_form_follows() -> None:
     """One adapter after another may lie at the same address."""
     torch.manual_seed(0)
-    layer, x = nn.Linear(256, 256).requires_grad_(False), rand(4, 256)
-    layer.__class__ = Packed
+    layer, x = Upsample(64).requires_grad_(False), rand(1, 64, 8, 8)
+    plain, net = copy.deepcopy(layer), nn.Sequential(layer)
+    layer.__class__ = Phased
     for seed in range(6):
-        injected = inject({"net": nn.Sequential(layer)}, [(Place("net.0.weight"), low_rank(256, 256, seed=seed))])
+        adapter = LowRank(rand(4, 64, 3, 3, seed=seed), rand(64, 4, seed=seed + 1))
+        injected = inject({"net": net}, [(Place("net.0.conv.weight"), adapter)])
+        plain.conv.weight = layer.conv.weight
         with torch.no_grad():
-            assert torch.allclose(layer(x), x @ layer.weight.T + layer.bias, atol=1e-3)
+            assert torch.allclose(layer(x), plain(x), atol=1e-3)
         injected.eject()
+    assert layer in _LAID_OUT
 
 
 def test_memory_layout_stays(modules: dict[str, nn.Module]) -> None:

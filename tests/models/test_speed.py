@@ -3,8 +3,9 @@
 import copy
 import subprocess
 import sys
-from collections.abc import Iterator
+import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from torch import nn
 
 from ldm.conditioning import Conditioning
 from ldm.errors import UserError
-from ldm.models import attention, speed
+from ldm.models import attention, processor, speed
 from ldm.models.autoencoder import Autoencoder, AutoencoderConfig
 from ldm.models.layers import GroupNorm, Upsample
 from ldm.models.unet import UNet, UNetConfig
@@ -35,19 +36,24 @@ def painted(network: UNet, dtype: torch.dtype = torch.float32, size: int = 24) -
 
 
 @pytest.fixture
-def packing(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(speed, "slow_blas", lambda: True)
-    monkeypatch.setattr(speed, "WORTH_PACKING", 32)
-    yield
-    assert len(speed._LAID_OUT) < 200
+def products(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """The shapes of the weights that oneDNN multiplies with: all layers', in fp16 by way of fp32 as well."""
+    for module in (speed, attention):
+        monkeypatch.setattr(module, "slow_blas", lambda: True)
+        monkeypatch.setattr(module, "slow_fp16", lambda: True)
+    monkeypatch.setattr(speed, "WORTH_A_CALL", 32)
+    taken: list[tuple[int, ...]] = []
+    product = speed._product
+    monkeypatch.setattr(speed, "_product", lambda x, w, b: taken.append(tuple(w.shape)) or product(x, w, b))
+    return taken
 
 
-@pytest.mark.usefixtures("packing")
+@pytest.mark.usefixtures("products")
 def test_a_prepared_unet_is_the_same_to_rounding() -> None:
     plain, fast = unet(), unet()
     speed.prepare(fast)
     assert fast.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
-    assert any(isinstance(module, speed.Packed) for module in fast.modules())
+    assert any(isinstance(module, speed.Direct) for module in fast.modules())
     wanted, got = painted(plain), painted(fast)
     assert float(wanted.std()) > 0.1
     torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
@@ -63,31 +69,124 @@ def test_a_prepared_autoencoder_decodes_the_same() -> None:
     torch.testing.assert_close(fast.decode(z), plain.decode(z), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.usefixtures("packing")
-def test_packed_weights_follow_what_is_done_to_them() -> None:
+def test_without_gradients_a_linear_layer_is_onednn_s(products: list[tuple[int, ...]]) -> None:
     x, layer = torch.randn(3, 5, 64), nn.Linear(64, 48)
     speed.prepare(layer)
-    assert isinstance(layer, speed.Packed)
-
-    def same() -> None:
-        with torch.no_grad():
-            torch.testing.assert_close(layer(x), nn.functional.linear(x, layer.weight, layer.bias))
-
-    same()
-    assert layer in speed._LAID_OUT
     with torch.no_grad():
-        layer.weight.mul_(2)
-    same()
-    layer.weight = nn.Parameter(layer.weight.detach() + 1)
-    same()
-    layer.weight.data = torch.randn(48, 64)
-    same()
-    speed._LAID_OUT.clear()
-    layer(x).sum().backward()  # with gradients it is the plain layer
-    assert layer.weight.grad is not None and layer not in speed._LAID_OUT
+        torch.testing.assert_close(layer(x), nn.functional.linear(x, layer.weight, layer.bias))
+    assert products == [(48, 64)]
+    layer(x).sum().backward()
+    assert layer.weight.grad is not None
     layer.double()
     with torch.no_grad():
         torch.testing.assert_close(layer(x.double()), nn.functional.linear(x.double(), layer.weight, layer.bias))
+    assert len(products) == 1
+
+
+def no_worse(fast: torch.Tensor, plain: torch.Tensor, wanted: torch.Tensor, chance: float = 1.02) -> None:
+    """Than torch's own; by chance the roundings between a network's layers add up to a little more or less."""
+    assert (fast.float() - wanted).norm() <= chance * (plain.float() - wanted).norm() < 0.01 * wanted.norm()
+
+
+def test_fp16_is_as_exact_as_torch_s_and_kept_once(
+    products: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where there are no products of fp16, networks compute in fp32, tile by tile of their weights."""
+    monkeypatch.setattr(speed, "TILE", 2**12)
+    monkeypatch.setattr(speed, "_ROOM", threading.local())
+    plain, fast = unet().half(), unet().half()
+    speed.prepare(fast)
+    wanted = painted(unet().half(), torch.float32)  # of the same rounded weights
+    no_worse(painted(fast, torch.float16), painted(plain, torch.float16), wanted, chance=1.1)
+    weights = [module.weight for module in fast.modules() if isinstance(module, nn.Linear)]
+    assert {tuple(weight.shape) for weight in weights} <= set(products)
+    assert all(weight.dtype == torch.float16 for weight in fast.state_dict().values())
+    assert not any(module in speed._LAID_OUT for module in fast.modules())
+    assert len(speed._ROOM.wide) <= max(2**12, 16 * 128 * 9)  # 16 rows of the widest kernel
+    assert max(weight.numel() for weight in fast.parameters()) > len(speed._ROOM.wide)
+
+
+def test_fp16_with_its_own_products_is_left_to_torch(
+    products: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (speed, attention):
+        monkeypatch.setattr(module, "slow_fp16", lambda: False)
+    network, text = unet(), nn.MultiheadAttention(32, 2, batch_first=True).requires_grad_(False).half()
+    speed.prepare(network)
+    speed.prepare(text)
+    painted(network, torch.float16)
+    x = torch.randn(1, 7, 32).half()
+    text(x, x, x, need_weights=False)
+    assert not products
+
+
+def test_who_multiplies_what_is_asked_of_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
+    here = torch.backends.mkldnn.is_available()
+    for bf16, fp16 in ((True, False), (False, True)):
+        monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda bf16=bf16: bf16)
+        monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_fp16_supported", lambda fp16=fp16: fp16)
+        asked = processor.multiplies.__wrapped__
+        monkeypatch.setattr(processor, "multiplies", asked)
+        found = [asked(dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64)]
+        assert found == [here, here and bf16, here and fp16, False]
+        assert processor.slow_fp16() is (here and not fp16)
+        monkeypatch.undo()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("size", [(5, 7), (40, 41)])
+@pytest.mark.parametrize(
+    "options",
+    [{"kernel_size": 3, "padding": (1, 2)}, {"kernel_size": (3, 2), "stride": (2, 1)}, {"kernel_size": 1}],
+    ids=["padded", "strided", "1x1"],
+)
+def test_a_convolution_of_few_pixels_is_a_product(
+    options: dict[str, Any], size: tuple[int, int], dtype: torch.dtype, products: list[tuple[int, ...]]
+) -> None:
+    if dtype == torch.bfloat16 and not processor.multiplies(dtype):
+        pytest.skip("this processor has no products of bf16")
+    rng, conv = torch.Generator().manual_seed(0), nn.Conv2d(24, 40, **options, bias="stride" not in options)
+    plain, x = conv.to(dtype), torch.randn(2, 24, *size, generator=rng).to(dtype)
+    fast, wanted = copy.deepcopy(plain), copy.deepcopy(plain).float()
+    speed.prepare(fast)
+    with torch.no_grad():
+        got = fast(x)
+        assert got.dtype == dtype and got.is_contiguous(memory_format=torch.channels_last)
+        if dtype == torch.float32:
+            torch.testing.assert_close(got, plain(x), rtol=1e-4, atol=1e-5)
+        else:
+            no_worse(got, plain(x), wanted(x.float()))
+    few = 2 * size[0] * size[1] * fast.kernel_size[0] * fast.kernel_size[1] <= speed.FEW
+    assert len(products) == few
+    fast(x.requires_grad_()).sum().backward()
+    assert fast.weight.grad is not None and len(products) == few
+
+
+def test_a_convolution_in_groups_is_left_alone() -> None:
+    for options in ({"groups": 2}, {"dilation": 2}, {"padding_mode": "reflect", "padding": 1}, {"padding": "same"}):
+        conv = nn.Conv2d(4, 4, 3, **options)
+        speed.prepare(conv)
+        assert type(conv) is nn.Conv2d
+
+
+def test_a_text_tower_in_fp16_is_as_exact_as_torch_s(products: list[tuple[int, ...]]) -> None:
+    torch.manual_seed(0)
+    plain = nn.MultiheadAttention(64, 4, batch_first=True).requires_grad_(False)
+    x, mask = torch.randn(2, 9, 64).half(), torch.full((9, 9), float("-inf")).triu(1).half()
+    plain.in_proj_bias.normal_()
+    wanted = copy.deepcopy(plain.half()).float()(*[x.float()] * 3, need_weights=False, attn_mask=mask.float())[0]
+    fast = copy.deepcopy(plain)
+    speed.prepare(fast)
+    got, none = fast(x, x, x, need_weights=False, attn_mask=mask)
+    assert none is None
+    no_worse(got, plain(x, x, x, need_weights=False, attn_mask=mask)[0], wanted)
+    assert products == [(192, 64), (64, 64)]
+    others = ((x, x.clone(), x, {"need_weights": False}), (x, x, x, {}))
+    for *three, given in others:
+        torch.testing.assert_close(fast(*three, **given), plain(*three, **given))
+    x.requires_grad_()
+    fast(x, x, x, need_weights=False)[0].sum().backward()
+    assert x.grad is not None and len(products) == 2
 
 
 def test_feed_forward_in_bf16_is_fused_where_nothing_forbids_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -134,8 +233,9 @@ def test_upsampling_in_phases_is_the_same(shape: tuple[int, int], monkeypatch: p
     assert fast.conv.weight.grad is not None and len(made) == count
 
 
-def test_without_need_nothing_is_packed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_need_a_linear_layer_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(speed, "slow_blas", lambda: False)
+    monkeypatch.setattr(speed, "slow_fp16", lambda: False)
     layer = nn.Linear(256, 256)
     speed.prepare(layer)
     assert type(layer) is nn.Linear
