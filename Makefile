@@ -30,8 +30,8 @@ fuzz: .venv/.installed-dev
 chaos: .venv/.installed-dev
 	$(PY) tests/training/chaos.py $(ARGS)
 
-# The benchmarks in their short form, into docs/performance.md; ARGS names some of them.
-bench: .venv/.installed-dev
+# The benchmarks in their short form, into docs/performance.md; ARGS names some of them. Peers that do not install are left out, by name.
+bench: .venv/.installed-dev .venv/.installed-bench
 	$(PY) benchmarks/run.py $(ARGS)
 
 format: .venv/.installed-dev
@@ -53,6 +53,10 @@ clean:
 	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps k-diffusion==0.1.1.post1
 	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target .venv/compvis stable-diffusion-sdkit==2.1.3
 	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target .venv/optional bitsandbytes==0.50.2
+	@touch $@
+
+.venv/.installed-bench: requirements-bench.txt
+	-$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target .venv/bench -r requirements-bench.txt
 	@touch $@
 
 .PHONY: weights corpus

@@ -1,26 +1,24 @@
 """Samples a second of one core, decode included: ldm's loader beside webdataset, Mosaic streaming and litdata.
 
-python -m pip install --no-deps -r requirements-bench.txt; python benchmarks/data.py [--pictures 256] [--rounds 3]
+    python benchmarks/data.py [--pictures 256] [--repeats 3]
 
 The same 512 px JPEGs lie in each one's own format. Counted is the processor time of the whole process, so that a busy
 machine changes little; the rounds are interleaved and the median is shown, with the ratio to webdataset + Pillow. What
-is not installed is named and left out. A peer is run as it comes, with Pillow, and once more with our decoder.
+is not installed (requirements-bench.txt) is named and left out. A peer is run as it comes, with Pillow, and once more
+with our decoder.
 """
 
-import argparse
 import io
 import statistics
-import sys
 import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
 import numpy as np
 import torch
+from common import conditions, flags, keep
 from PIL import Image
 
 from ldm.data import dataset as ours
@@ -182,37 +180,37 @@ def latents(folder: Path) -> dict[str, Callable[[], Iterator[torch.Tensor]]]:
     }
 
 
-def measure(table: dict[str, Callable[[], Iterator[torch.Tensor]]], rounds: int, title: str) -> None:
+def measure(table: dict[str, Callable[[], Iterator[torch.Tensor]]], repeats: int, title: str) -> dict[str, float]:
     rates: dict[str, list[float]] = {name: [] for name in table}
-    for turn in range(rounds + 1):  # the first warms up
+    for turn in range(repeats + 1):  # the first warms up
         for name, make in table.items():
             began, seen = time.process_time(), 0
             for batch in make():
                 seen += len(batch)
             if turn:
                 rates[name].append(seen / (time.process_time() - began))
-    base = statistics.median(next(iter(rates.values())))
+    found = {name: statistics.median(values) for name, values in rates.items()}
     print(f"\n| {title} | samples/s a core | ratio |\n|---|---|---|")
-    for name, values in rates.items():
-        rate = statistics.median(values)
-        print(f"| {name} | {rate:,.0f} | {rate / base:.2f} |", flush=True)
+    for name, rate in found.items():
+        print(f"| {name} | {rate:,.0f} | {rate / next(iter(found.values())):.2f} |", flush=True)
+    return found
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = flags(__doc__, 3)
     parser.add_argument("--pictures", type=int, default=256)
-    parser.add_argument("--rounds", type=int, default=3)
-    arguments = parser.parse_args()
+    args = parser.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        jpegs = list(pictures(arguments.pictures, np.random.default_rng(0)))
+        jpegs = list(pictures(args.pictures, np.random.default_rng(0)))
         prepare(folder, jpegs)
-        print(f"{len(jpegs)} JPEGs of 512 px, {statistics.mean(map(len, jpegs)) / 1000:.0f} KB each; medians of rounds")
-        for size in (128, 256):
-            measure(contenders(folder, size), arguments.rounds, f"JPEG to {size} px")
-        measure(latents(folder), arguments.rounds, "latents and text, 126 KB")
+        size = statistics.mean(map(len, jpegs)) / 1000
+        print(f"{conditions(args)}; {len(jpegs)} JPEGs of 512 px, {size:.0f} KB each; medians of {args.repeats}")
+        tables = {f"JPEG to {size} px": contenders(folder, size) for size in (128, 256)}
+        tables["latents and text, 126 KB"] = latents(folder)
+        keep(args, {title: measure(table, args.repeats, title) for title, table in tables.items()})
 
 
 if __name__ == "__main__":

@@ -16,8 +16,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+from common import ROOT, conditions, keep
 
 OURS = """
 import gc
@@ -108,6 +107,7 @@ def measure(code: str, path: Path, precision: str) -> dict[str, float]:
 def main() -> None:
     flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     flags.add_argument("--folder", type=Path, help="a diffusers folder to load instead of a fresh one")
+    flags.add_argument("--json", type=Path, help="write the figures here as well")
     flags.add_argument("--runs", type=int, default=3, help="processes of each (3); the median counts")
     flags.add_argument(
         "--precision",
@@ -121,11 +121,11 @@ def main() -> None:
         folder = args.folder or Path(temporary) / "sd15"
         if args.folder is None:
             write_model(folder)
-        for precision in args.precision:
-            compare(folder, precision, args.runs)
+        print(conditions(args))
+        keep(args, {precision: compare(folder, precision, args.runs) for precision in args.precision})
 
 
-def compare(folder: Path, precision: str, n: int) -> None:
+def compare(folder: Path, precision: str, n: int) -> dict[str, dict[str, float]]:
     """Measure both, in turns, and print the medians."""
     size = sum(file.stat().st_size for file in folder.rglob("*.safetensors")) / 2**20
     codes = {"ldm": OURS, "diffusers": THEIRS}
@@ -149,6 +149,7 @@ def compare(folder: Path, precision: str, n: int) -> None:
     ours, theirs = found["ldm"], found["diffusers"]
     after, whole = (ours["step"] - ours["import"]) / (theirs["step"] - theirs["import"]), ours["step"] / theirs["step"]
     print(f"time to the first step, as a share of theirs: {after:.2f} after the imports, {whole:.2f} with them")
+    return found
 
 
 if __name__ == "__main__":

@@ -10,20 +10,15 @@ medians of several runs on end, per evaluation of the network, in CPU time of th
 counts only through its caches.
 """
 
-import argparse
-import json
-import os
 import sys
 import time
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 from statistics import median
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 import torch
+from common import conditions, flags, keep
 from torch import Tensor, nn
 
 from ldm.conditioning import Conditioning
@@ -89,16 +84,11 @@ def timed(run: Callable[[], None], network: Network) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = flags(__doc__, 7)
     parser.add_argument("--steps", type=int, default=30)
-    parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--size", type=int, default=64, help="latent of 4 x size x size")
-    parser.add_argument("--json", type=Path, help="write the figures here as well")
     args = parser.parse_args()
     warnings.filterwarnings("ignore")
-    import diffusers
-
-    diffusers.logging.set_verbosity_error()
     torch.set_num_threads(1)
     rng = torch.Generator().manual_seed(0)
     start, drawn = (torch.randn((1, 4, args.size, args.size), generator=rng) for _ in range(2))
@@ -122,9 +112,10 @@ def main() -> None:
                 out = free + SCALE * (bound - free)
             x = scheduler.step(out, t, x, return_dict=False)[0]
 
-    print(f"torch {torch.__version__}, diffusers {diffusers.__version__}, latent 4 x {args.size} x {args.size}, fp32,")
-    print(f"1 thread, {args.steps} steps, load {os.getloadavg()[0]:.1f}; microseconds per evaluation, median of")
-    print(f"{args.repeats} timings of {RUNS} runs each")
+    print(f"{conditions(args)}, latent 4 x {args.size} x {args.size}, fp32,")
+    print(
+        f"1 thread, {args.steps} steps; microseconds per evaluation, medians of {args.repeats} timings of {RUNS} runs"
+    )
     print(f"{'':14s}{'without guidance':>26s}{'with guidance':>30s}")
     print(f"{'sampler':14s}" + "    ".join([f"{'ours':>8s} {'diffusers':>10s} {'share':>7s}"] * 2))
     found: dict[str, dict[str, float]] = {}
@@ -139,8 +130,7 @@ def main() -> None:
             found[name] = figures
             pairs = [(figures[f"{way} ours"], figures[f"{way} diffusers"]) for way in ways]
             print(f"{name:14s}" + "    ".join(f"{a:8.1f} {b:10.1f} {a / b:7.1%}" for a, b in pairs), flush=True)
-    if args.json:
-        args.json.write_text(json.dumps(found, indent=1))
+    keep(args, found)
 
 
 if __name__ == "__main__":

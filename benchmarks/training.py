@@ -1,33 +1,27 @@
 """A training step of the embedded model's UNet, ours beside the same step written the usual way on diffusers' UNet.
 
 python benchmarks/training.py                       # on this CPU: fp32 and bf16, medians of steps taken in turns
-python benchmarks/training.py --batch 16 --steps 9 --clock cpu
+python benchmarks/training.py --batch 16 --repeats 9 --clock cpu
 
 Both have the same shapes, weights of their own, and get the same latents and text states: noise is added, the network
 answers, gradients are clipped, AdamW and an average of the weights follow. Theirs is what diffusers' training scripts
 do on one device: DDPMScheduler.add_noise, mse_loss, torch's AdamW, EMAModel; ours is `Learner` and `Ema`, as in
 ldm/training/loop.py. Each side is a process of its own, for ours keeps its memory, as the scripts do, which acts on
-the whole process; `memory kept` is theirs with the same. --clock cpu counts what the threads worked, which on a machine
-that others use as well says more than the clock on the wall.
+the whole process; `memory kept` is theirs with the same. The ceiling is the time that the work would take at the speed
+of a 3 x 3 convolution. --clock cpu counts what the threads worked, which on a machine that others use as well says
+more than the clock on the wall.
 """
 
 import argparse
-import os
-import statistics
-import subprocess
-import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import nullcontext
-from pathlib import Path
+from statistics import median
 from typing import Any
-
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from common import ROOT, add_variants, answer, conditions, convolution, flags, flops, keep, seconds, timed, turns
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -49,10 +43,11 @@ from ldm.training.optim import named
 
 Clock = Callable[[], float]
 Step = Callable[[int], float]  # number of the step -> seconds of it that optimiser and average took
-SIDES = {
-    precision: [f"ldm {precision}", f"diffusers {precision}", f"diffusers {precision} memory kept"]
+VARIANTS = [
+    f"{who} {precision}{kept}"
     for precision in ("fp32", "bf16")
-}
+    for who, kept in (("ldm", ""), ("diffusers", ""), ("diffusers", " memory kept"))
+]
 
 
 def shapes() -> tuple[LdmRun, UNetConfig]:
@@ -121,65 +116,51 @@ def theirs(run: LdmRun, shape: UNetConfig, precision: str, x0: Tensor, tokens: T
     return step
 
 
-def child(side: str, batch: int, clock: Callable[[], float]) -> None:
-    """Take a step for each line that comes in; say its seconds, and those of clipping, optimiser and average."""
-    name, precision, *kept = side.split()
+def child(args: argparse.Namespace) -> None:
+    """Say how much work a step is; take one for each number that comes in and say its seconds, and those behind."""
+    torch.set_num_threads(args.threads)
+    name, precision, *kept = args.child.split()
     if name == "ldm" or kept:
         speed.keep_memory()
     torch.manual_seed(0)
     run, shape = shapes()
-    x0, tokens = torch.randn(batch, 4, 16, 16), torch.randn(batch, 32, shape.context_dim)
+    x0, tokens = torch.randn(args.batch, 4, 16, 16), torch.randn(args.batch, 32, shape.context_dim)
+    clock, peak = seconds(args), convolution(torch.bfloat16 if precision == "bf16" else torch.float32)
     step = (ours if name == "ldm" else theirs)(run, shape, precision, x0, tokens, clock)
-    for number, _ in enumerate(sys.stdin):
+
+    def taken(number: int) -> tuple[float, float, float]:
         began = clock()
         behind = step(number)
-        print(clock() - began, behind, flush=True)
+        return clock() - began, behind, timed(peak, clock)
 
-
-def measured(sides: Sequence[str], arguments: Sequence[str], steps: int) -> dict[str, tuple[float, float]]:
-    """Of each side the median seconds of a step, and of what is behind the gradients; they take turns."""
-    command = [sys.executable, __file__, *arguments, "--child"]
-    there = {
-        side: subprocess.Popen([*command, side], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        for side in sides
-    }
-    seconds: dict[str, list[list[float]]] = {side: [] for side in sides}
-    for number in range(steps + 2):
-        for side, process in there.items():
-            assert process.stdin and process.stdout
-            print(file=process.stdin, flush=True)
-            found = [float(word) for word in process.stdout.readline().split()]
-            seconds[side] += [found] if number > 1 else []  # behind two that find their memory
-    for process in there.values():
-        process.communicate()
-    return {side: tuple(map(statistics.median, zip(*found, strict=True))) for side, found in seconds.items()}
+    answer({"step": flops(lambda: step(0)), "peak": flops(peak)}, taken)
 
 
 def main() -> None:
-    flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    flags.add_argument("--batch", type=int, default=64, help="samples a step (64, as in configs/embedded/ldm.yaml)")
-    flags.add_argument("--steps", type=int, default=5, help="steps of each that count, behind two that do not (5)")
-    flags.add_argument("--clock", choices=("wall", "cpu"), default="wall")
-    flags.add_argument("--child", choices=[side for sides in SIDES.values() for side in sides], help=argparse.SUPPRESS)
-    args, threads = flags.parse_args(), torch.get_num_threads()
+    parser = flags(__doc__, 5)
+    parser.add_argument("--batch", type=int, default=64, help="samples a step (64, as in configs/embedded/ldm.yaml)")
+    add_variants(parser, VARIANTS)
+    args = parser.parse_args()
     if args.child:
-        cpu = args.clock == "cpu"
-        return child(args.child, args.batch, lambda: time.process_time() / threads if cpu else time.perf_counter())
-    print(
-        f"batch {args.batch}, 16 x 16 x 4 latents, {threads} threads, {args.clock} time, load {os.getloadavg()[0]:.1f}"
-    )
-    print(f"medians of {args.steps} steps of each, taken in turns")
-    print(f"{'':28}ms a step   samples/s   clip, optimiser and average, share of the step")
-    found: dict[str, tuple[float, float]] = {}
-    for sides in SIDES.values():
-        found |= measured(sides, ["--batch", str(args.batch), "--clock", args.clock], args.steps)
-    for side, (whole, tail) in found.items():
-        print(f"{side:25}{1000 * whole:12.0f}{args.batch / whole:12.1f}{100 * tail / whole:14.1f} %")
-    for precision, (our, *others) in SIDES.items():
-        for other in others:
-            print(f"{precision}: ldm is {found[other][0] / found[our][0]:.2f} times as fast as {other}")
-    ratio = found["diffusers fp32"][0] / found["ldm bf16"][0]
-    print(f"as configs/embedded/ldm.yaml trains (bf16) against their scripts' default (fp32): {ratio:.2f} times")
+        return child(args)
+    found: dict[str, list[list[float]]] = {name: [] for name in args.variants}
+    for number, process in enumerate(turns(args.variants, args.repeats + 1), start=len(args.variants)):
+        taken = process.ask(number // len(args.variants))
+        found[process.name] += [taken] if number >= 2 * len(args.variants) else []  # behind two that find their memory
+        work = process.has
+    print(f"{conditions(args)}\nbatch {args.batch}, 16 x 16 x 4 latents, median of {args.repeats} steps")
+    print(f"{'':27}ms a step   samples/s   of the ceiling   clip, optimiser and average")
+    figures: dict[str, dict[str, float]] = {}
+    for name, rows in found.items():
+        whole, tail, _ = map(median, zip(*rows, strict=True))
+        share = work["step"] / whole / (work["peak"] / min(peak for *_, peak in rows))
+        print(f"{name:26}{1e3 * whole:10.0f}{args.batch / whole:12.1f}{share:15.0%}{tail / whole:20.1%} of the step")
+        figures[name] = {"ms": 1e3 * whole, "of the ceiling": share, "behind the gradients": tail / whole}
+    for our in (name for name in figures if name.startswith("ldm")):
+        for other in (name for name in figures if not name.startswith("ldm")):
+            if other.split()[1] == our.split()[1] or (our, other) == ("ldm bf16", "diffusers fp32"):
+                print(f"{our} is {figures[other]['ms'] / figures[our]['ms']:.2f} times as fast as {other}")
+    keep(args, figures)
 
 
 if __name__ == "__main__":
