@@ -23,7 +23,7 @@ from ldm.models.processor import multiplies, native_bf16, slow_blas, slow_fp16
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # glibc's malloc.h
 WORTH_A_CALL = 2**14  # weights
 TILE, LANES = 2**20, 16  # weights in fp32 that stay in the cache, and that a register holds
-FEW = 2**12  # pixels x those of the kernel
+FEW = 2**11  # pixels x those of the kernel, for each of a batch: its company changes no picture
 PLAIN = (1, (1, 1), "zeros")  # groups, dilation and padding of a convolution
 WORTH_PHASES = 2**6  # pixels
 COMPILED_FORMS = 64  # a network has its blocks at several widths and resolutions, each a form of its own
@@ -119,10 +119,10 @@ class Unrolled(nn.Conv2d):
         """As nn.Conv2d's, and by it where gradients are wanted."""
         if not _by_hand(x, self.weight, torch.float32, torch.bfloat16, torch.float16):
             return super().forward(x)
-        (b, _, h, w), (height, width), (down, across) = x.shape, self.kernel_size, self.stride
+        (height, width), (down, across) = self.kernel_size, self.stride
         wide, weight = x.dtype == torch.float16 and slow_fp16(), self.weight.permute(0, 2, 3, 1)
         assert isinstance(self.padding, tuple)
-        if b * h * w * height * width <= FEW and (wide or multiplies(x.dtype)):
+        if x.shape[2] * x.shape[3] * height * width <= FEW and (wide or multiplies(x.dtype)):
             x = F.pad(x, (self.padding[1],) * 2 + (self.padding[0],) * 2).permute(0, 2, 3, 1)
             x = x.unfold(1, height, down).unfold(2, width, across).permute(0, 1, 2, 4, 5, 3).flatten(3)
             return _product(x, weight.flatten(1), self.bias).permute(0, 3, 1, 2)

@@ -134,7 +134,7 @@ def test_who_multiplies_what_is_asked_of_onednn(monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("size", [(5, 7), (40, 41)])
+@pytest.mark.parametrize("size", [(5, 7), (48, 49)])
 @pytest.mark.parametrize(
     "options",
     [{"kernel_size": 3, "padding": (1, 2)}, {"kernel_size": (3, 2), "stride": (2, 1)}, {"kernel_size": 1}],
@@ -156,7 +156,7 @@ def test_a_convolution_of_few_pixels_is_a_product(
             torch.testing.assert_close(got, plain(x), rtol=1e-4, atol=1e-5)
         else:
             no_worse(got, plain(x), wanted(x.float()))
-    few = 2 * size[0] * size[1] * fast.kernel_size[0] * fast.kernel_size[1] <= speed.FEW
+    few = size[0] * size[1] * fast.kernel_size[0] * fast.kernel_size[1] <= speed.FEW
     assert len(products) == few
     fast(x.requires_grad_()).sum().backward()
     assert fast.weight.grad is not None and len(products) == few
