@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ldm.conditioning import Conditioning, join
-from ldm.diffusion.constants import column, first
+from ldm.diffusion.constants import column, first, level, uniform
 from ldm.diffusion.guidance import Combine, Conditional, Denoise
 
 
@@ -33,11 +33,13 @@ def composed(
 
     weights: (m,), of each condition; owner: (m,), the picture that it belongs to. combine: see `guidance`.
     """
-    both = join(uncond, conds)
+    both, weights = join(uncond, conds), weights.to(uncond.tokens.device)
 
     def denoise(x: Tensor, sigma: Tensor) -> Tensor:
         rows = torch.cat([torch.arange(len(x), device=x.device), owner])
-        answers = denoiser(x[rows], sigma[rows], both)
+        one = level(sigma)
+        levels = sigma[rows] if one is None else uniform(one, len(rows), sigma.dtype, sigma.device)
+        answers = denoiser(x[rows], levels, both)
         free, bound = answers[: len(x)], answers[len(x) :]
         change = (bound - free[owner]) * column(weights.to(x), x)
         return combine(free.index_add(0, owner, change), free, first(sigma))
@@ -107,14 +109,14 @@ def invert(denoise: Denoise, x0: Tensor, sigmas: Sequence[float] | Tensor, round
     iteration (Pan et al. 2023). The lowest level above 0 is reached by adding the noise that the denoiser sees in x0.
     """
     rising = [float(level) for level in sigmas][-2::-1]
-    lowest = x0.new_full((len(x0),), rising[0])
+    lowest = uniform(rising[0], len(x0), x0.dtype, x0.device)
     x = x0
     for _ in range(rounds):
         x = x0 + (x - denoise(x, lowest))
     for t, s in pairwise(rising):
-        known, level = x, x.new_full((len(x),), s)
+        known, upper = x, uniform(s, len(x), x.dtype, x.device)
         for _ in range(rounds):
-            towards = denoise(x, level)
+            towards = denoise(x, upper)
             x = towards + (known - towards) * (s / t)
     return x
 

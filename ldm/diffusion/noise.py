@@ -27,7 +27,8 @@ class SeededNoise:
         if len(x) != len(self.generators):
             raise ValueError(f"a batch of {len(x)} images has {len(self.generators)} seeds: give one for each")
         draws = [torch.randn((1, *x.shape[1:]), generator=generator) for generator in self.generators]
-        return torch.cat(draws).to(x.device, x.dtype)
+        drawn = torch.cat(draws)
+        return (drawn.pin_memory() if x.is_cuda else drawn).to(x.device, x.dtype, non_blocking=True)
 
 
 def offset(noise: Latent, strength: float, draw: Draw) -> Latent:

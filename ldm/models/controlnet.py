@@ -138,7 +138,7 @@ class Controlled(nn.Module):
         self.backbone, self.steerings = backbone, steerings
 
     def forward(self, z: Features, label: Sigma, cond: Conditioning) -> Features:
-        now = float(label[0])
+        now = float(getattr(label, "level", label[0]))  # as ldm.diffusion.constants notes it: a GPU is not asked
         total = Control()
         for network, hint, weight, most, least in self.steerings:
             if least <= now <= most:

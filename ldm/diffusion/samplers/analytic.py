@@ -21,6 +21,7 @@ def spread(denoise: Denoise, x0: State, sigmas: Levels, noise: NoiseFn) -> list[
     for s in grid[:-1]:
         x = x0.add(noise(x0), alpha=s)
         found.append(float(_spread(x, model(x, s), s).mean()))
+    model.settle()
     return found
 
 

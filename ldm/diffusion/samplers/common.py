@@ -11,6 +11,7 @@ from functools import lru_cache
 from itertools import pairwise
 from typing import Any, NamedTuple
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -36,23 +37,42 @@ Sampler = Callable[..., Iterator[Step]]
 
 
 class Model:
-    """A denoiser called with one level for the whole batch, its answer checked: NaN is an error, not a black image."""
+    """A denoiser called with one level for the whole batch, its answer checked: NaN is an error, not a black image.
+
+    A GPU is asked while it works on the next answer, for it would stand still meanwhile: see `settle`.
+    """
 
     def __init__(self, denoise: Denoise, grid: Grid) -> None:
         self.denoise = denoise
         self.grid = grid
+        self._unread: tuple[float, Tensor, torch.cuda.Event] | None = None
 
     def __call__(self, x: State, sigma: float) -> State:
         x0 = self.denoise(x, uniform(sigma, len(x), x.dtype, x.device))
-        # A sum is finite only where every term is, and costs a third of isfinite().all().
-        if not math.isfinite(x0.sum()):
+        total = x0.sum()  # finite only where every term is, at a third of the cost of isfinite().all()
+        if total.device.type != "cuda":
+            self._check(total, sigma)
+            return x0
+        self.settle()
+        self._unread = sigma, total.to("cpu", non_blocking=True), torch.cuda.Event()
+        self._unread[2].record()
+        return x0
+
+    def settle(self) -> None:
+        """Check the last answer, if that is still to be done. UserError where it is not finite."""
+        if self._unread is not None:
+            (sigma, total, copied), self._unread = self._unread, None
+            copied.synchronize()
+            self._check(total, sigma)
+
+    def _check(self, total: Tensor, sigma: float) -> None:
+        if not math.isfinite(total):
             steps = len(self.grid) - 1
             step = min(1 + sum(level > sigma for level in self.grid), steps)
             raise UserError(
                 f"the network returned values that are not finite at step {step} of {steps}, sigma {sigma:.5g}: "
                 "try --precision fp32, a lower guidance scale, or check the model file"
             )
-        return x0
 
 
 def begin(denoise: Denoise, x: State, sigmas: Levels) -> tuple[Model, State, Grid]:
@@ -126,7 +146,11 @@ def sampler(steps: Callable[..., Iterator[Step]]) -> Sampler:
     """The sampler of a generator (model, x, grid, noise, *, options) that has its arguments from `begin`."""
 
     def run(denoise: Denoise, x: State, sigmas: Levels, noise: NoiseFn, **options: Any) -> Iterator[Step]:
-        return steps(*begin(denoise, x, sigmas), noise, **options)
+        return settled(*begin(denoise, x, sigmas), noise, **options)
+
+    def settled(model: Model, *given: Any, **options: Any) -> Iterator[Step]:
+        yield from steps(model, *given, **options)
+        model.settle()
 
     return run
 
