@@ -62,11 +62,12 @@ class Processes:
         self.rank, self.device = self.accelerator.process_index, self.accelerator.device
 
     def wait(self) -> None:
-        """Until all are here, however long that takes."""
+        """Until all are here: the main one last, however long that takes it."""
         if self._group is not None:
-            patient = dist.BarrierOptions()
-            patient.timeout = _PATIENCE
-            self._group.barrier(patient).wait()
+            options = dist.BarrierOptions()
+            if not self.main:
+                options.timeout = _PATIENCE
+            self._group.barrier(options).wait()
 
     @contextmanager
     def main_first(self) -> Iterator[None]:
