@@ -5,11 +5,12 @@ python benchmarks/load.py --folder sd15 --runs 5 --precision bf16
 
 Every measurement is a fresh process that loads the same files, encodes one prompt and takes one step on a latent of 8
 x 8: the work of a step is the same for both, so the time to it is that of loading. All files are in the page cache,
-for all alike.
+and threads wait asleep as in scripts/txt2img.py, for all alike.
 """
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -98,7 +99,10 @@ def measure(code: str, path: Path, precision: str) -> dict[str, float]:
     frame = FRAME
     for word, value in words.items():
         frame = frame.replace(word, value)
-    ran = subprocess.run([sys.executable, "-W", "ignore", "-c", frame], capture_output=True, text=True, check=False)
+    waiting = os.environ | {"OMP_WAIT_POLICY": "PASSIVE"}
+    ran = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", frame], capture_output=True, text=True, check=False, env=waiting
+    )
     if ran.returncode:
         raise SystemExit(ran.stderr)
     return json.loads(ran.stdout.splitlines()[-1])  # type: ignore[no-any-return]
