@@ -1,7 +1,7 @@
 """Time and memory as batch, resolution and steps grow, and what tiles save in decoding: ours beside diffusers.
 
     python benchmarks/scaling.py --figure docs/images/scaling.png    # Stable Diffusion 1.5's widths: 20 minutes
-    python benchmarks/scaling.py --width 96 --sides 256 512 768 --repeats 1
+    python benchmarks/scaling.py --width 160 --repeats 1
 
 batch: a step of the UNet on latents of the smallest of `--sides`; side: one at batch 2; steps: a whole picture of the
 embedded model, by pipelines that are loaded; decode: the autoencoder on one latent, as a whole and in tiles
@@ -28,13 +28,18 @@ VARIANTS = ["diffusers", "diffusers tuned", "ldm fp32", "ldm"]
 Points = dict[int, tuple[float, float]]  # place on an axis -> seconds, MiB
 
 
+def decoder_width(args: argparse.Namespace) -> int:
+    """Of its first level: 2/5 of the UNet's, as Stable Diffusion's, in whole groups of norms."""
+    return max(1, args.width // 80) * 32
+
+
 def runs(axis: str, variant: str, args: argparse.Namespace) -> Callable[[int], Callable[[], Any]]:
     """One run at a place on an axis."""
     if axis == "steps":
         return pictures(variant, args)
     from networks import Networks, spec_of
 
-    decodes, spec = axis.startswith("decode"), spec_of("sd1", args.width, vae=args.width * 2 // 5)
+    decodes, spec = axis.startswith("decode"), spec_of("sd1", args.width, vae=decoder_width(args))
     networks, factor = Networks(variant, spec, not decodes, decodes), spec.autoencoder.factor
 
     def at(place: int) -> Callable[[], Any]:
@@ -136,7 +141,7 @@ def draw(found: dict[str, dict[str, Points]], path: Path, titles: dict[str, str]
                 axis.yaxis.set_major_formatter("{x:g}")
                 axis.minorticks_off()
             else:
-                axis.set_ylim(0, None)
+                axis.set_ylim(0, 1.35 * axis.dataLim.ymax)  # room for the legend
             axis.set_xticks(list(points), [str(place) for place in points])
             axis.legend(fontsize=8, loc="upper left")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -145,7 +150,7 @@ def draw(found: dict[str, dict[str, Points]], path: Path, titles: dict[str, str]
 
 def main() -> None:
     parser = flags(__doc__, 3)
-    parser.add_argument("--width", type=int, default=320, help="of the UNet's first level (320); the autoencoder's 2/5")
+    parser.add_argument("--width", type=int, default=320, help="of the UNet's first level, a multiple of 32 (320)")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 2, 4, 8])
     parser.add_argument("--sides", type=int, nargs="+", default=[256, 512, 768, 1024], help="pixels")
     parser.add_argument("--steps", type=int, nargs="+", default=[5, 10, 25, 50])
@@ -184,7 +189,7 @@ def main() -> None:
     if args.figure:
         unet = f"a step of a UNet of width {args.width}"
         titles = {"batch": f"{unet}, {min(args.sides)} px", "side": f"{unet}, batch 2"}
-        titles |= {"steps": "a picture of the embedded model", "decode": f"decoding, width {args.width * 2 // 5}"}
+        titles |= {"steps": "a picture of the embedded model", "decode": f"decoding, width {decoder_width(args)}"}
         draw(found, args.figure, titles)
 
 

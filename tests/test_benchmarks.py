@@ -20,7 +20,7 @@ TINY = {
     "steps-sdxl": "--network sdxl --width 64 --blocks 1 --unet 4 --repeats 1 --variants 'diffusers tuned' ldm",
     "steps-embedded": "--network embedded --unet 4 --vae 4 --repeats 1 --variants diffusers ldm",
     "txt2img": "--repeats 1 --steps 1 --size 32 --variants diffusers ldm",
-    "scaling": "--width 80 --batches 1 2 --sides 64 128 --steps 1 2 --repeats 1 --figure {out}/scaling.png",
+    "scaling": "--width 64 --batches 1 2 --sides 64 128 --steps 1 2 --repeats 1 --figure {out}/scaling.png",
     "training": "--batch 1 --repeats 1 --variants 'ldm bf16' 'diffusers bf16 memory kept'",
     "data": "--pictures 64 --repeats 1",
 }
