@@ -26,18 +26,9 @@ LARGE = 2**14  # pixels of a map whose programs take twice as much at a time
 @triton.jit
 @no_type_check
 def _measure(
-    x,
-    means,
-    squares,
-    pixels,
-    channels,
-    part_size,
-    WIDTH: tl.constexpr,
-    GROUPS: tl.constexpr,
-    ROWS: tl.constexpr,
-    LANES: tl.constexpr,
-    PADDED: tl.constexpr,
-):
+    x, means, squares, pixels, channels, part_size,
+    WIDTH: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr, PADDED: tl.constexpr
+):  # fmt: skip
     """Of part_size pixels by GROUPS groups, each group's mean, and the sum of squares of its differences from that.
 
     Channel by channel, tile by tile, merged as Chan, Golub & LeVeque (1983) do: a large mean costs no digits.
@@ -64,10 +55,8 @@ def _measure(
     middle = tl.sum(tl.where(member, mean[:, None], 0), 0) / WIDTH
     away = tl.where(member, mean[:, None] - middle[None, :], 0)
     square_sum = tl.sum(tl.where(member, square[:, None], 0), 0) + count * tl.sum(away * away, 0)
-    groups = channels // WIDTH
-    number = block * GROUPS + group
-    at = (image * tl.num_programs(0) + part) * groups + number
-    known = (group < GROUPS) & (number < groups)
+    groups, number = channels // WIDTH, block * GROUPS + group
+    at, known = (image * tl.num_programs(0) + part) * groups + number, (group < GROUPS) & (number < groups)
     tl.store(means + at, middle, mask=known)
     tl.store(squares + at, square_sum, mask=known)
 
@@ -75,29 +64,14 @@ def _measure(
 @triton.jit
 @no_type_check
 def _normalise(
-    x,
-    y,
-    means,
-    squares,
-    weight,
-    bias,
-    pixels,
-    channels,
-    part_size,
-    eps,
-    SILU: tl.constexpr,
-    WIDTH: tl.constexpr,
-    GROUPS: tl.constexpr,
-    ROWS: tl.constexpr,
-    LANES: tl.constexpr,
-    PADDED: tl.constexpr,
-    MERGED: tl.constexpr,
-):
+    x, means, squares, pixels, channels, part_size,
+    WIDTH: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr, PADDED: tl.constexpr,
+    y, weight, bias, eps, SILU: tl.constexpr, MERGED: tl.constexpr
+):  # fmt: skip
     """The same pixels and groups normalised, from the statistics of all parts, which each program merges anew."""
     part, block, image = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     lane, group, other = tl.arange(0, LANES), tl.arange(0, PADDED), tl.arange(0, MERGED)
-    groups, parts = channels // WIDTH, tl.num_programs(0)
-    number = block * GROUPS + group
+    groups, parts, number = channels // WIDTH, tl.num_programs(0), block * GROUPS + group
     at = (image * parts + other[:, None]) * groups + number[None, :]
     known = (other < parts)[:, None] & ((group < GROUPS) & (number < groups))[None, :]
     count = tl.where(known, tl.minimum(part_size, pixels - other * part_size)[:, None], 0).to(tl.float32)
@@ -183,11 +157,11 @@ def group_norm(x: Features, norm: nn.GroupNorm, *, silu: bool = False) -> Featur
     means, squares = torch.empty((2, b, cut.parts, norm.num_groups), dtype=torch.float32, device=x.device)
     form = {"WIDTH": channels // norm.num_groups, "GROUPS": cut.groups, "ROWS": cut.rows, "LANES": cut.lanes}
     form |= {"PADDED": triton.next_power_of_2(cut.groups), "num_warps": cut.warps}
-    grid, sizes = (cut.parts, triton.cdiv(norm.num_groups, cut.groups), b), (h * w, channels, cut.part_size)
+    grid, given = (cut.parts, triton.cdiv(norm.num_groups, cut.groups), b), (x, means, squares, h * w, channels)
     with torch.cuda.device_of(x):
-        _measure[grid](x, means, squares, *sizes, **form)
-        form |= {"SILU": silu, "MERGED": triton.next_power_of_2(cut.parts)}
-        _normalise[grid](x, y, means, squares, norm.weight, norm.bias, *sizes, norm.eps, **form)
+        _measure[grid](*given, cut.part_size, **form)
+        form |= {"y": y, "weight": norm.weight, "bias": norm.bias, "eps": norm.eps}
+        _normalise[grid](*given, cut.part_size, **form, SILU=silu, MERGED=triton.next_power_of_2(cut.parts))
     return y
 
 
