@@ -91,6 +91,8 @@ def _painter(run: Run, old: Recipe) -> tuple[Pipeline, list[str]]:
     """The model, and all that is put into it; what there is to tell of that."""
     device, precision = run.device or old.made.device, run.precision or old.made.precision
     painter = pipeline.load(run.model or pipeline.EMBEDDED, device, precision, run.vae, offload=run.offload)
+    # A GPU's convolutions are else in tf32, a thousandth off.
+    torch.backends.cudnn.allow_tf32 = painter._made.precision != "fp32"
     if run.refiner:
         painter.refine(pipeline.load(run.refiner, device, precision, offload=run.offload))
     if run.attention != "auto" or run.compile:

@@ -228,6 +228,18 @@ def test_each_process_has_a_gpu(command: Command, tmp_path: Path, monkeypatch: p
     assert chosen == [0, 1, 0, 1]
 
 
+def test_fp32_is_that_on_a_gpu_too(command: Command) -> None:
+    """torch lets convolutions there be tf32 unless told otherwise."""
+    before = torch.backends.cudnn.allow_tf32
+    try:
+        for precision in ("fp32", "bf16"):
+            torch.backends.cudnn.allow_tf32 = precision == "fp32"
+            command("--prompt", "a pear", "--steps", 1, "--precision", precision)
+            assert torch.backends.cudnn.allow_tf32 is (precision == "bf16")
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
+
+
 def test_jobs_have_wildcards_too(command: Command, tmp_path: Path) -> None:
     (tmp_path / "colour.txt").write_text("red\n")
     jobs = rows(tmp_path / "jobs.jsonl", {"prompt": "a __colour__ cat"})
