@@ -128,7 +128,7 @@ def state(network: nn.Module) -> list[Any]:
         module = waiting.pop()
         for tensor in (*module._parameters.values(), *module._buffers.values()):
             if tensor is not None:
-                found += (tensor.data_ptr(), tensor.dtype)
+                found.append(tensor.data_ptr())
         inner = [child for child in module._modules.values() if child is not None]
         found += inner  # the modules themselves, which compare by identity: a number might be given to another later
         waiting += inner

@@ -6,7 +6,7 @@ for sm_80 and sm_90; measured on no GPU yet.
 """
 
 from functools import cache
-from typing import NamedTuple, no_type_check
+from typing import Any, NamedTuple, no_type_check
 
 import torch
 import torch.nn.functional as F
@@ -155,7 +155,12 @@ def group_norm(x: Features, norm: nn.GroupNorm, *, silu: bool = False) -> Featur
     (b, channels, h, w), y = x.shape, torch.empty_like(x)
     cut = blocks(h * w, channels, norm.num_groups)
     means, squares = torch.empty((2, b, cut.parts, norm.num_groups), dtype=torch.float32, device=x.device)
-    form = {"WIDTH": channels // norm.num_groups, "GROUPS": cut.groups, "ROWS": cut.rows, "LANES": cut.lanes}
+    form: dict[str, Any] = {
+        "WIDTH": channels // norm.num_groups,
+        "GROUPS": cut.groups,
+        "ROWS": cut.rows,
+        "LANES": cut.lanes,
+    }
     form |= {"PADDED": triton.next_power_of_2(cut.groups), "num_warps": cut.warps}
     grid, given = (cut.parts, triton.cdiv(norm.num_groups, cut.groups), b), (x, means, squares, h * w, channels)
     with torch.cuda.device_of(x):
