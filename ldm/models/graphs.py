@@ -126,9 +126,8 @@ def state(network: nn.Module) -> list[Any]:
     waiting = [network]
     while waiting:
         module = waiting.pop()
-        for tensor in (*module._parameters.values(), *module._buffers.values()):
-            if tensor is not None:
-                found.append(tensor.data_ptr())
+        tensors = (*module._parameters.values(), *module._buffers.values())
+        found += [tensor.data_ptr() for tensor in tensors if tensor is not None]
         inner = [child for child in module._modules.values() if child is not None]
         found += inner  # the modules themselves, which compare by identity: a number might be given to another later
         waiting += inner
