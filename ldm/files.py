@@ -10,7 +10,9 @@ from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
 from threading import Thread, get_native_id
-from typing import Any
+from typing import Any, Generic, TypeVar
+
+T = TypeVar("T")
 
 
 @contextmanager
@@ -70,20 +72,38 @@ def digest(path: Path) -> str:
     return hashlib.sha256(listed.encode()).hexdigest()
 
 
-def digest_beside(path: Path) -> Callable[[], str]:
-    """Begin a `digest` beside whatever goes on, and which the program's end does not wait for; the result waits.
+class Beside(Thread, Generic[T]):
+    """Work in a thread, begun at once, which the program's end does not wait for; the result does.
 
-    Where threads have priorities of their own (Linux), what goes on comes first.
+    It waits for the whole thread: one that still lets go of tensors when the interpreter ends aborts the program.
     """
-    found: Future[str] = Future()
 
-    def work() -> None:
+    def __init__(self, work: Callable[[], T]) -> None:
+        super().__init__(daemon=True)
+        self._work, self._found = work, Future[T]()
+        self.start()
+
+    def run(self) -> None:
+        """Called by the thread."""
+        try:
+            self._found.set_result(self._work())
+        except BaseException as error:
+            self._found.set_exception(error)
+        finally:
+            del self._work  # and what it holds
+
+    def result(self) -> T:
+        """What the work gave, or what it raised."""
+        self.join()
+        return self._found.result()
+
+
+def digest_beside(path: Path) -> Callable[[], str]:
+    """Begin a `digest` beside what goes on, which comes first where threads have priorities of their own (Linux)."""
+
+    def work() -> str:
         if sys.platform == "linux":
             os.setpriority(os.PRIO_PROCESS, get_native_id(), 10)
-        try:
-            found.set_result(digest(path))
-        except Exception as error:
-            found.set_exception(error)
+        return digest(path)
 
-    Thread(target=work, daemon=True).start()
-    return found.result
+    return Beside(work).result

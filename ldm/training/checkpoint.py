@@ -7,10 +7,7 @@ does all this beside the training, which waits for no more than a copy of the te
 
 import json
 import shutil
-import threading
 from collections.abc import Callable, Mapping
-from concurrent import futures
-from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ldm.errors import UserError
-from ldm.files import flush, sha256
+from ldm.files import Beside, flush, sha256
 from ldm.training.ema import Ema
 from ldm.training.learner import Learner
 from ldm.training.sharding import split_as
@@ -36,8 +33,7 @@ class Writer:
     """
 
     def __init__(self) -> None:
-        self._work = Future[Any]()
-        self._work.set_result(None)
+        self._work: Beside[Any] | None = None
 
     def __enter__(self) -> "Writer":
         return self
@@ -45,36 +41,23 @@ class Writer:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
         if kind is None:
             self.wait()
-        elif issubclass(kind, Exception):
-            futures.wait([self._work])
+        elif issubclass(kind, Exception) and self._work:
+            self._work.join()
 
     def start(self, work: Callable[[], Any]) -> None:
         """Wait for the work before, then begin this one."""
         self.wait()
-        self._work = beside(work)
+        self._work = Beside(work)
 
     def wait(self) -> None:
         """Until nothing is left to do."""
-        self._work.result()
+        if self._work:
+            self._work.result()
 
     def check(self) -> None:
         """Raise what went wrong, if something did."""
-        if self._work.done():
+        if self._work and not self._work.is_alive():
             self.wait()
-
-
-def beside(work: Callable[[], Any]) -> Future[Any]:
-    """Do work in a thread, which the program's end does not wait for."""
-    found = Future[Any]()
-
-    def do() -> None:
-        try:
-            found.set_result(work())
-        except BaseException as error:
-            found.set_exception(error)
-
-    threading.Thread(target=do, daemon=True).start()
-    return found
 
 
 def write(folder: Path, step: int, saved: Saved, keep: int, keep_every: int = 0) -> Path:
