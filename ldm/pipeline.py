@@ -289,6 +289,7 @@ class Pipeline:
         """Let ControlNets and T2I-Adapters steer every picture from now on: see `read_controls`."""
         self.controls += (controls := read_controls(self.model, specs, pictures, drawn))
         for c in controls:
+            prepare(c.network)
             self._put_in("control", c.path, f":{c.weight:g}:{c.start:g}-{c.end:g}:{c.hint}")
 
     def refine(self, refiner: "Pipeline") -> None:

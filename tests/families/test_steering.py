@@ -114,6 +114,11 @@ def test_what_steers_stands_in_the_recipe(control: Path, folder: Path) -> None:
     painter.control([f"{control / 'edges'}:0.5"], [control / "hint.png"])
     (recipe,) = painter.recipes(pipeline.Batch([painter.complete(REQUEST)], slice(1)))
     assert any(name.startswith("control edges:0.5:0-1:none") for name in recipe.made.inputs)
+    assert all(w.is_contiguous(memory_format=torch.channels_last) for w in kernels_of(painter.controls[0].network))
+
+
+def kernels_of(network: torch.nn.Module) -> list[torch.Tensor]:
+    return [module.weight for module in network.modules() if isinstance(module, torch.nn.Conv2d)]
 
 
 BAD = {
