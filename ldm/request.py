@@ -131,6 +131,8 @@ def checked(run: Run) -> Run:
         raise UserError("--ip-adapter, --ip-image and --image-tower go together: give all three")
     if run.offload and (run.control or run.ip_adapter):
         raise UserError("--offload does not go with --control or --ip-adapter: their networks stay where they are")
+    if run.offload and run.compile:
+        raise UserError("--offload does not go with --compile, which is made for where a network stays: leave one out")
     if run.jobs and (run.from_image or run.grid or run.n > 1):
         raise UserError("--jobs says itself what each picture is: give it without --from-image, --n and --grid")
     return run

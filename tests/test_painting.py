@@ -380,6 +380,8 @@ def test_it_asks_for_something_that_goes_together(command: Command) -> None:
     assert "--control and --control-image go together" in command.said
     command("--prompt", "a", "--control", "x", "--control-image", "x", "--offload", code=2)
     assert "--offload does not go with --control" in command.said
+    command("--prompt", "a", "--compile", "--offload", code=2)
+    assert "--offload does not go with --compile" in command.said
     command("--prompt", "a", "--ip-image", "x", code=2)
     assert "--ip-adapter, --ip-image and --image-tower go together" in command.said
     command("--prompt", "a", "--control", "absent:0.5", "--control-image", "absent.png", code=2)
