@@ -39,7 +39,9 @@ def test_defaults_are_the_models(painter: Pipeline) -> None:
         height=32,
         guidance="",
     )
-    chosen = replace(APPLE, sampler="ddim", schedule="karras", steps=2, cfg_scale=0.0, width=16, height=24)
+    chosen = replace(
+        APPLE, sampler="ddim", schedule="karras", steps=2, cfg_scale=0.0, width=16, height=24, guidance="apg"
+    )
     assert painter.complete(chosen) == chosen
 
 

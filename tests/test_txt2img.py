@@ -113,10 +113,25 @@ def test_without_a_seed_it_is_random_and_told(command: Command) -> None:
 
 def test_every_flag_reaches_the_recipe(command: Command) -> None:
     flags = ["--negative", "a dog", "--sampler", "euler_a", "--schedule", "karras", "--steps", 3, "--cfg-scale", 2.5]
-    flags += ["--seed", 9, "--width", 16, "--height", 24, "--device", "cpu", "--precision", "bf16"]
+    flags += [
+        "--guidance",
+        "rescale:0.5",
+        "--seed",
+        9,
+        "--width",
+        16,
+        "--height",
+        24,
+        "--device",
+        "cpu",
+        "--precision",
+        "bf16",
+    ]
     (path,) = command.run("--prompt", "a red apple", *flags)
     made = recipe.read(path)
-    assert made.request == recipe.Request("a red apple", "a dog", 9, "euler_a", "karras", 3, 2.5, 16, 24)
+    assert made.request == recipe.Request(
+        "a red apple", "a dog", 9, "euler_a", "karras", 3, 2.5, 16, 24, guidance="rescale:0.5"
+    )
     assert (made.made.device, made.made.precision) == ("cpu", "bf16")
     assert made.made.model == "tiny" and len(made.made.model_hash) == 64
     assert Image.open(path).size == (16, 24)
@@ -136,7 +151,9 @@ def test_flags_change_the_recipe_of_from_image(command: Command) -> None:
     (path,) = command.run("--prompt", "a red apple", "--seed", 3, "--steps", 2)
     again = command.run("--from-image", path, "--prompt", "a blue sofa", "--cfg-scale", 2, "--n", 2)
     assert [recipe.read(p).request.seed for p in again] == [3, 4]
-    assert recipe.read(again[0]).request == recipe.Request("a blue sofa", "", 3, "dpmpp_2m", "trailing", 2, 2.0, 32, 32)
+    assert recipe.read(again[0]).request == recipe.Request(
+        "a blue sofa", "", 3, "dpmpp_2m", "trailing", 2, 2.0, 32, 32, guidance=""
+    )
 
 
 def test_from_image_wants_the_model_it_was_made_with(command: Command, tmp_path: Path) -> None:
@@ -211,7 +228,9 @@ def test_a_picture_of_another_program_is_painted_by_its_settings(command: Comman
     said = command.capsys.readouterr()
     assert "the picture is AUTOMATIC1111's, of the model 'x': it will be another one" in said.err
     made = recipe.read(said.out.strip())
-    assert made.request == recipe.Request("a (red:1.2) apple", "dog", 7, "euler_a", "linspace", 3, 2.0, 16, 24)
+    assert made.request == recipe.Request(
+        "a (red:1.2) apple", "dog", 7, "euler_a", "linspace", 3, 2.0, 16, 24, guidance=""
+    )
     assert (made.made.program, made.made.model) == ("", "tiny")
 
 

@@ -199,5 +199,6 @@ def _part(text: str) -> tuple[str, list[float]]:
         values = [math.nan] * 9
     if name not in KINDS or not KINDS[name][1] <= len(values) <= KINDS[name][2]:
         known = ", ".join(form for form, _, _ in KINDS.values())
-        raise UserError(f"guidance {text!r} cannot be read{nearest(name, list(KINDS))}: write {known}, joined by +")
+        close = "" if name in KINDS else nearest(name, list(KINDS))
+        raise UserError(f"guidance {text!r} cannot be read{close}: write {known}, joined by +")
     return name, values
