@@ -195,7 +195,7 @@ def train(task: Task, config: VaeRun | LdmRun, path: Path) -> Outcome:
             lr = rate(optim, done, run.steps)
             for learner in active:
                 learner.step(lr, skip)
-            ema.update(done, 1 - skip)
+            ema.update(done, 1 - torch.maximum(skip, learners[0].overflow))
             for values in losses:
                 meter.add(values, 1 / optim.accumulate, skip)
             meter.add({learner.tag("grad_norm"): norm for learner, norm in zip(active, norms, strict=True)}, 1, skip)
