@@ -1,7 +1,7 @@
 #!/bin/sh
 # Makes ldm/assets/embedded.safetensors from the corpus: parquet files of pictures with captions, in the folder $1.
 #   sh configs/embedded/make.sh data/parquet
-# `make weights` first. On two CPU cores: three hours for the autoencoders, three for the rest. Stopped, it goes on.
+# `make weights` first. On two CPU cores: three hours for the autoencoders, four and a half for the rest. Stopped, it goes on.
 set -eu
 corpus=$1
 python=${PYTHON:-.venv/bin/python}
@@ -29,7 +29,11 @@ $python scripts/train_vae.py configs/embedded/decoder.yaml --run runs/decoder
 $python scripts/train_ldm.py configs/embedded/ldm.yaml --run runs/ldm1
 $python scripts/train_ldm.py configs/embedded/ldm.yaml --run runs/ldm2 --weights runs/ldm1/model.safetensors \
     --schedule.mean 1.2 --schedule.std 1.2 --run.steps 2000 --optim.warmup 50 --optim.lr 5e-4
-$python scripts/train_ldm.py configs/embedded/ldm.yaml --run runs/ldm --weights runs/ldm2/model.safetensors \
-    --schedule.mean 1.1 --schedule.std 1.3 --run.steps 4800 --optim.warmup 100 --run.ema.decay 0.9995
+before=runs/ldm2
+for run in ldm3:4800 ldm:4200; do  # longer, each time up from nothing and down to it again
+    $python scripts/train_ldm.py configs/embedded/ldm.yaml --run runs/${run%:*} --weights $before/model.safetensors \
+        --schedule.mean 1.1 --schedule.std 1.3 --run.steps ${run#*:} --optim.warmup 100 --run.ema.decay 0.9995
+    before=runs/${run%:*}
+done
 $python scripts/convert.py runs/ldm/model.safetensors ldm/assets/embedded.safetensors --to ldm --dtype int8 \
     --vae runs/decoder/model.safetensors
