@@ -17,11 +17,11 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "performance.md"
+FOUR = "--variants diffusers 'diffusers tuned' 'ldm fp32' ldm"  # OpenVINO takes minutes to convert, SDXL more memory
 SHORT = {
     "samplers": "benchmarks/samplers.py --repeats 5",
-    "steps": "benchmarks/steps.py --apart --unet 64 --repeats 2",
-    "steps-sdxl": "benchmarks/steps.py --network sdxl --repeats 2 "
-    "--variants diffusers 'diffusers tuned' 'ldm fp32' ldm",  # OpenVINO converts it in more memory
+    "steps": f"benchmarks/steps.py --apart --unet 64 --repeats 2 {FOUR}",
+    "steps-sdxl": f"benchmarks/steps.py --network sdxl --repeats 2 {FOUR}",
     "steps-embedded": "benchmarks/steps.py --network embedded --repeats 15",
     "txt2img": "benchmarks/txt2img.py --repeats 3",
     "load": "benchmarks/load.py --runs 3",
