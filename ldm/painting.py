@@ -111,7 +111,7 @@ def _painter(run: Run, old: Recipe) -> tuple[Pipeline, list[str]]:
 
 def round_trip(painter: Pipeline, request: Request, canvas: Canvas) -> str:
     """How well a picture comes back from the noise that an inversion finds: a line with the PSNR."""
-    source, multiple = replace(request, prompt=request.invert, negative="", cfg_scale=1.0), painter.limits.multiple
+    source, multiple = request.unguided(), painter.limits.multiple
     *_, last = painter.sample([source], canvas)
     height, width = canvas.image.shape[2:]
     padded = canvas.padded(*(math.ceil(side / multiple) * multiple for side in (height, width)))

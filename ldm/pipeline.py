@@ -184,7 +184,7 @@ class Pipeline:
             raise UserError("--tile does not go with a control: its hint is of the whole picture")
         x, denoise = start.x, self._guided("", denoiser, requests, sigmas, start.concat)
         if r.invert:
-            before = [replace(o, prompt=r.invert, negative="", cfg_scale=1.0) for o in requests]
+            before = [o.unguided() for o in requests]
             x = invert(self._guided("", denoiser, before, sigmas, start.concat), x, sigmas)
         if self.refiner is not None:
             last = self._guided("refiner ", self.refiner.denoiser, requests, sigmas)

@@ -2,7 +2,7 @@
 
 import argparse
 import typing
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from types import NoneType
 from typing import Any
@@ -46,6 +46,10 @@ class Request:
     upscale_strength: float = _told("how much to change at the larger size, above 0 to 1 (0.4)", 0.4)
     tile: int = _told("paint in windows of so many pixels that overlap, for sizes that the model does not know", 0)
     refiner_start: float | None = _told("share of the way from noise after which --refiner takes over (0.8)")
+
+    def unguided(self) -> "Request":
+        """What an inversion paints on the way up: what the picture shows, towards nothing else."""
+        return replace(self, prompt=self.invert, negative="", cfg_scale=1.0, guidance="")
 
 
 @dataclass(frozen=True)

@@ -193,11 +193,13 @@ class Guidance:
 def _part(text: str) -> tuple[str, list[float]]:
     """`interval:0.3-5` as its name and numbers."""
     name, _, numbers = text.strip().partition(":")
+    _, least, most = KINDS.get(name, ("", 1, 0))
     try:
         values = [float(number) for number in numbers.split("-")] if numbers else []
+        understood = least <= len(values) <= most and all(map(math.isfinite, values))
     except ValueError:
-        values = [math.nan] * 9
-    if name not in KINDS or not KINDS[name][1] <= len(values) <= KINDS[name][2]:
+        understood = False
+    if not understood:
         known = ", ".join(form for form, _, _ in KINDS.values())
         close = "" if name in KINDS else nearest(name, list(KINDS))
         raise UserError(f"guidance {text!r} cannot be read{close}: write {known}, joined by +")

@@ -86,4 +86,5 @@ class Reader:
             plain = composed(denoiser, cond, uncond, weights, owner, mixed(1.0))
             return guidance.limit(composed(denoiser, cond, uncond, weights, owner, guidance.combine), plain)
         bound = bind(denoiser, cond)
-        return bound if guidance.alone else guidance.limit(guided(denoiser, cond, uncond, guidance.combine), bound)
+        towards = bound if guidance.alone else guided(denoiser, cond, uncond, guidance.combine)
+        return guidance.limit(towards, bound)
