@@ -1,8 +1,9 @@
 """What all samplers share: the step they yield, the denoiser as they call it, and plans.
 
 A sampler is called as (denoise, x, sigmas, noise, *, options) and gives Step, Step, ... over falling sigmas. Its state
-is x in x = x0 + sigma * eps; levels are plain floats, so that all coefficients are arithmetic of Python. Where a step
-is one evaluation and a sum, the levels alone decide all coefficients: such a solver is a function of them, its PLAN.
+is x in x = x0 + sigma * eps; levels are plain floats, so that all coefficients are arithmetic of Python. A step is
+linear in x and in the answers so far. Where the levels alone decide how, a solver is a function of them, its PLAN: a
+row of weights for each evaluation, be that a stage of a step or the only one of a step that remembers others.
 """
 
 import math
@@ -107,49 +108,45 @@ def renoise(x: State, noise: NoiseFn, up: float) -> State:
 
 
 class Row(NamedTuple):
-    """One step of a plan: x becomes lerp(x0, x, keep) + up * noise + sum(weights * past).
+    """One evaluation, at level s: x becomes lerp(x0, x, keep) + sum(weights * past) + up * noise, of level t.
 
-    The past is of x0, or of x - x0, newest first, this step's own in front. The lerp alone is a first-order step, and
+    The past is of x0, or of x - x0, newest first, this row's own in front. The lerp alone is a first-order step, and
     exact where the data are one point; the weights correct it. It is no x + slope * (t - s), which at sigma 1e4 loses
-    1e-4 to cancellation.
+    1e-4 to cancellation. t None: a stage within a step, of which nobody is told. lift: noise that is added first.
     """
 
+    s: float
+    t: float | None
     keep: float
-    up: float = 0.0
     weights: Sequence[float] = ()
+    up: float = 0.0
+    lift: float = 0.0
 
 
 Plan = Callable[..., list[Row]]  # (levels, *, options)
 
 
-def follow(
-    model: Model,
-    x: State,
-    grid: Grid,
-    rows: Sequence[Row],
-    noise: NoiseFn,
-    *,
-    of_noise: bool = False,
-    past: Sequence[Tensor] = (),
-) -> Iterator[Step]:
+def follow(model: Model, x: State, rows: Sequence[Row], noise: NoiseFn, *, of_noise: bool = False) -> Iterator[Step]:
     """The steps of a plan."""
-    for (s, t), (keep, up, weights) in zip(pairwise(grid), rows, strict=True):
+    past: list[Tensor] = []
+    depth = max(len(row.weights) for row in rows)
+    for s, t, keep, weights, up, lift in rows:
+        x = renoise(x, noise, lift)
         x0 = model(x, s)
-        past = [x - x0 if of_noise else x0, *past[:3]]
+        past = [x - x0 if of_noise else x0, *past][:depth]
         x = renoise(x0.lerp(x, keep), noise, up)
         for weight, value in zip(weights, past, strict=False):
             x.add_(value, alpha=weight)
-        yield Step(x, x0, t)
+        if t is not None:
+            yield Step(x, x0, t)
 
 
 def sampler(steps: Callable[..., Iterator[Step]]) -> Sampler:
     """The sampler of a generator (model, x, grid, noise, *, options) that has its arguments from `begin`."""
 
     def run(denoise: Denoise, x: State, sigmas: Levels, noise: NoiseFn, **options: Any) -> Iterator[Step]:
-        return settled(*begin(denoise, x, sigmas), noise, **options)
-
-    def settled(model: Model, *given: Any, **options: Any) -> Iterator[Step]:
-        yield from steps(model, *given, **options)
+        model, x, grid = begin(denoise, x, sigmas)
+        yield from steps(model, x, grid, noise, **options)
         model.settle()
 
     return run
@@ -160,6 +157,6 @@ def planned(plan: Plan, *, of_noise: bool = False) -> Sampler:
     made = lru_cache(maxsize=8)(plan)
 
     def steps(model: Model, x: State, grid: Grid, noise: NoiseFn, **options: Any) -> Iterator[Step]:
-        return follow(model, x, grid, made(grid, **options), noise, of_noise=of_noise)
+        return follow(model, x, made(grid, **options), noise, of_noise=of_noise)
 
     return sampler(steps)

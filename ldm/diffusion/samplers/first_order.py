@@ -12,8 +12,7 @@ from ldm.diffusion.samplers.common import Grid, Row, ancestral, check_range
 
 
 def _rows(grid: Grid, split: Callable[[float, float], tuple[float, float]]) -> list[Row]:
-    parts = ((s, *split(s, t)) for s, t in pairwise(grid))
-    return [Row(down / s, up) for s, down, up in parts]
+    return [Row(s, t, down / s, up=up) for s, t in pairwise(grid) for down, up in [split(s, t)]]
 
 
 def ddim(grid: Grid, *, eta: float = 0.0) -> list[Row]:

@@ -64,7 +64,7 @@ def _adams(grid: Grid, points: int, weigh: Callable[[Grid, float], Sequence[floa
     for i, (s, t) in enumerate(pairwise(grid)):
         levels = _recent(grid, i, points)
         newest, *older = (w / level for w, level in zip(weigh(levels, t), levels, strict=False))  # on x - x0
-        rows.append(Row(t / s, 0.0, [newest - (t - s) / s, *older] if older else ()))
+        rows.append(Row(s, t, t / s, [newest - (t - s) / s, *older] if older else ()))
     return rows
 
 
@@ -117,10 +117,10 @@ def _moments(rule: str, rate: float, h: float, n: int) -> list[float]:
     return exact
 
 
-def _row(keep: float, up: float, weights: Sequence[float]) -> Row:
+def _row(s: float, t: float, keep: float, weights: Sequence[float], up: float) -> Row:
     """A row from whole weights on x0, whose sum is 1 - keep."""
     newest, *older = weights
-    return Row(keep, up, [newest - (1 - keep), *older] if older else ())
+    return Row(s, t, keep, [newest - (1 - keep), *older] if older else (), up)
 
 
 def _exponential(
@@ -138,7 +138,7 @@ def _exponential(
     last = len(grid) - 2
     for i, (s, t) in enumerate(pairwise(grid)):
         if t == 0:
-            rows.append(Row(0.0))
+            rows.append(Row(s, t, 0.0))
             continue
         h, noisy = math.log(s / t), tau(s) ** 2
         left = last - i + 1 if settle and grid[-1] == 0 else len(grid)
@@ -149,7 +149,7 @@ def _exponential(
         )
         keep = t / s * math.exp(-noisy * h)
         weights = [keep * change + weight for change, weight in zip_longest(amend, first, fillvalue=0.0)]
-        rows.append(_row(keep, t * math.sqrt(-math.expm1(-2 * noisy * h)), weights))
+        rows.append(_row(s, t, keep, weights, t * math.sqrt(-math.expm1(-2 * noisy * h))))
         if again:  # by then every x0 that the predictor used is one place older
             amend = [new - old for new, old in zip_longest(again, [0.0, *first], fillvalue=0.0)]
     return rows
@@ -201,7 +201,7 @@ def er_sde(grid: Grid, *, order: int = 3, phi: Callable[[float], float] = er_noi
     rows = []
     for i, (s, t) in enumerate(pairwise(grid)):
         if t == 0:
-            rows.append(Row(0.0))
+            rows.append(Row(s, t, 0.0))
             continue
         nodes = [level - s for level in _recent(grid, i, order)]
         keep, h = phi(t) / phi(s), math.log(s / t)
@@ -212,5 +212,5 @@ def er_sde(grid: Grid, *, order: int = 3, phi: Callable[[float], float] = er_noi
             moments.append((t - s) ** k + k * phi(t) * rest)
         missing = 1 - (s * keep / t) ** 2
         up = t * math.sqrt(missing) if missing > 1e-12 else 0.0
-        rows.append(_row(keep, up, lagrange_weights(nodes, moments)))
+        rows.append(_row(s, t, keep, lagrange_weights(nodes, moments), up))
     return rows

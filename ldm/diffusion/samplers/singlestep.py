@@ -1,8 +1,7 @@
 """Several evaluations a step: Heun with EDM's churn, Restart, DPM-Solver of its three forms, and Runge-Kutta starts.
 
-Corrections are written with the difference of the two x0, which stays small where sigma and x are large. A step into
-sigma = 0 is first order in all of them: there the second evaluation would have no noise to look at. So is a step from a
-level that is all noise where the correction grows with the step, for flow's first is 975.
+A step into sigma = 0 is first order in all of them: there the second evaluation would have no noise to look at. So is a
+step from a level that is all noise where the correction grows with the step, for flow's first is 975.
 """
 
 import math
@@ -10,63 +9,66 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 
 import torch
-from torch import Tensor
 
-from ldm.diffusion.samplers.common import Grid, Model, NoiseFn, State, Step, ancestral, check_range, follow, renoise
+from ldm.diffusion.samplers.common import Grid, Model, NoiseFn, Row, State, Step, ancestral, check_range, follow
 from ldm.diffusion.samplers.multistep import ipndm
 from ldm.diffusion.schedules import BLIND
 
 
-def _corrected(model: Model, x: State, s: float, t: float, middle: float, unit: float) -> Step:
+def _staged(levels: Sequence[float], corrections: Sequence[Sequence[float]]) -> list[Row]:
+    """A step from levels[0] to levels[-1], its stages at the levels between.
+
+    Stage k is the first-order step from the start to its level, corrected by corrections[k] times the differences of
+    x0 at the stages before it from x0 at the start, oldest first. As each is linear in x and those, a stage follows
+    from the one before it, and nobody has to remember where the step began.
+    """
+    rows, before = [], [0.0] * len(levels)
+    for (s, t), now in zip(pairwise(levels), corrections, strict=True):
+        weights = [new - t / s * old for new, old in zip(now, before, strict=False)]
+        if weights:
+            weights[-1] -= 1 - t / s
+            weights = [*weights[::-1], -sum(weights)]
+        rows.append(Row(s, t, t / s, weights))
+        before[: len(now)] = now
+    return rows
+
+
+def _corrected(
+    s: float, t: float, middle: float, unit: float, *, end: float | None = None, up: float = 0.0, lift: float = 0.0
+) -> list[Row]:
     """A first-order step, corrected by how x0 changes to the level `middle`, times (s - t) / unit.
 
     Heun's method: middle t, unit 2 t (the trapezoidal rule on dx/dsigma = (x - x0) / sigma). DPM-Solver-2: unit middle,
-    the geometric mean. DPM-Solver++(2S): unit s, with which the correction stays small over any step.
+    the geometric mean. DPM-Solver++(2S): unit s, with which the correction stays small over any step. end: the level
+    with the noise `up`, t where there is none.
     """
-    x0 = model(x, s)
-    moved = x0.lerp(x, t / s)
-    if t > 0 and (s <= BLIND or unit == s):
-        ahead = model(moved if middle == t else x0.lerp(x, middle / s), middle)
-        moved = moved.add(ahead - x0, alpha=(s - t) / unit)
-    return Step(moved, x0, t)
+    if t == 0 or (s > BLIND and unit != s):
+        rows = [Row(s, t, t / s)]
+    else:
+        rows = _staged([s, middle, t], [(), ((s - t) / unit,)])
+        rows[0] = rows[0]._replace(t=None)
+    rows[0] = rows[0]._replace(lift=lift)
+    rows[-1] = rows[-1]._replace(t=t if end is None else end, up=up)
+    return rows
 
 
 def heun(
-    model: Model,
-    x: State,
-    grid: Grid,
-    noise: NoiseFn,
-    *,
-    s_churn: float = 0.0,
-    s_range: tuple[float, float] = (0.0, math.inf),
-    s_noise: float = 1.0,
-) -> Iterator[Step]:
+    grid: Grid, *, s_churn: float = 0.0, s_range: tuple[float, float] = (0.0, math.inf), s_noise: float = 1.0
+) -> list[Row]:
     """Heun's method (algorithm 2), stochastic where s_churn > 0.
 
     Before a step from a level within s_range the noise is raised by the share min(s_churn / steps, sqrt(2) - 1), with
     fresh noise of deviation s_noise.
     """
     check_range("s_churn", s_churn, 0)
-    share = min(s_churn / (len(grid) - 1), math.sqrt(2) - 1)
+    rows = []
     for s, t in pairwise(grid):
-        if share > 0 and s_range[0] <= s <= s_range[1]:
-            x = renoise(x, noise, s_noise * s * math.sqrt((1 + share) ** 2 - 1))
-            s *= 1 + share
-        yield (step := _corrected(model, x, s, t, t, 2 * t))
-        x = step.x
+        share = min(s_churn / (len(grid) - 1), math.sqrt(2) - 1) if s_range[0] <= s <= s_range[1] else 0.0
+        rows += _corrected(s * (1 + share), t, t, 2 * t, lift=s_noise * s * math.sqrt((1 + share) ** 2 - 1))
+    return rows
 
 
-def restart(
-    model: Model,
-    x: State,
-    grid: Grid,
-    noise: NoiseFn,
-    *,
-    low: float = 0.1,
-    high: float = 2.0,
-    repeats: int = 2,
-    steps: int = 4,
-) -> Iterator[Step]:
+def restart(grid: Grid, *, low: float = 0.1, high: float = 2.0, repeats: int = 2, steps: int = 4) -> list[Row]:
     """Restart (algorithm 1): Heun that, down at `low`, adds noise back to `high` and descends anew.
 
     `repeats` times, in `steps` steps even in sigma^(1/7). Noise errs less than the ODE, the ODE is faster than noise.
@@ -74,30 +76,29 @@ def restart(
     check_range("repeats", repeats, 0)
     check_range("steps", steps, 1)
     check_range("high", high, low)
+    rows = []
     for s, t in pairwise(grid):
-        again = [(high ** (1 / 7) + (t ** (1 / 7) - high ** (1 / 7)) * k / steps) ** 7 for k in range(steps)]
-        back = repeats if t <= low < s and 0 < t < high else 0
-        for number, levels in enumerate([[s, t], *[[*again, t]] * back]):
-            x = renoise(x, noise, math.sqrt(high * high - t * t)) if number else x
-            for upper, lower in pairwise(levels):
-                yield (step := _corrected(model, x, upper, lower, lower, 2 * lower))
-                x = step.x
+        rows += _corrected(s, t, t, 2 * t)
+        if t <= low < s and 0 < t < high:
+            even = [(high ** (1 / 7) + (t ** (1 / 7) - high ** (1 / 7)) * k / steps) ** 7 for k in range(steps)]
+            again = [row for pair in pairwise([*even, t]) for row in _corrected(*pair, pair[1], 2 * pair[1])]
+            again[0] = again[0]._replace(lift=math.sqrt(high * high - t * t))
+            rows += again * repeats
+    return rows
 
 
-def two_stages(
-    model: Model, x: State, grid: Grid, noise: NoiseFn, *, unit: Callable[[float, float], float], eta: float = 1.0
-) -> Iterator[Step]:
+def two_stages(grid: Grid, *, unit: Callable[[float, float], float], eta: float = 1.0) -> list[Row]:
     """DPM-Solver-2 as Karras et al. 2022 use it, or DPM-Solver++(2S) with r = 1/2: see `_corrected` for unit(s, half).
 
     Down to the level that leaves room for fresh noise; eta 0 is the ODE.
     """
     check_range("eta", eta, 0, 1)
+    rows = []
     for s, t in pairwise(grid):
         down, up = ancestral(s, t, eta)
         half = math.sqrt(s * down)
-        moved, x0, _ = _corrected(model, x, s, down, half, unit(s, half))
-        x = renoise(moved, noise, up)
-        yield Step(x, x0, t)
+        rows += _corrected(s, down, half, unit(s, half), end=t, up=up)
+    return rows
 
 
 def dpmpp_sde(model: Model, x: State, grid: Grid, noise: NoiseFn, *, eta: float = 1.0) -> Iterator[Step]:
@@ -131,50 +132,36 @@ def _phi(z: float) -> float:
     return math.expm1(z) / z - 1
 
 
-def _dpm_step(model: Model, x: State, levels: Sequence[float]) -> Iterator[Step]:
-    """One step of order len(levels) - 1 from levels[0] to levels[-1], its stages at the levels between.
+def _dpm_step(levels: Sequence[float]) -> list[Row]:
+    """One step of order len(levels) - 1, after algorithms 1 and 2, eps_i - eps_0 written as differences of x0.
 
-    Yields each stage, all of which approximate x at their level; the last is the step's result. Algorithms 1 and 2 of
-    the paper, with eps_i - eps_0 written as differences of x0.
+    All its stages approximate x at their level.
     """
-    s, t = levels[0], levels[-1]
-    first = model(x, s)
-    moved = first.lerp(x, levels[1] / s)
-    yield Step(moved, first, levels[1])
-    if len(levels) == 2:
-        return
-    h, r1 = math.log(s / t), math.log(s / levels[1]) / math.log(s / t)
-    second = model(moved, levels[1])
-    slope = (first - second) / levels[1]  # eps at the first stage less eps at the start
-    if len(levels) == 3:
-        yield Step(first.lerp(x, t / s).add(slope, alpha=-t * math.expm1(h) / (2 * r1)), second, t)
-        return
-    middle = levels[2]
-    r2 = math.log(s / middle) / h
-    bend = r2 / r1 * _phi(r2 * h)
-    moved = first.lerp(x, middle / s).add(slope, alpha=-middle * bend)
-    yield Step(moved, second, middle)
-    third = model(moved, middle)
-    slope = (first - third) / middle - bend * slope
-    yield Step(first.lerp(x, t / s).add(slope, alpha=-t * _phi(h) / r2), third, t)
+    s, *inner, t = levels
+    shares = [math.log(s / level) / math.log(s / t) for level in inner]  # r_1 and r_2
+    corrections: list[Sequence[float]] = [()]
+    if len(inner) == 1:
+        corrections.append([(s - t) / (2 * shares[0] * inner[0])])
+    elif inner:
+        h, (first, second), (r1, r2) = math.log(s / t), inner, shares
+        bend, last = r2 / r1 * _phi(r2 * h), t * _phi(h) / r2
+        corrections += [[second * bend / first], [-last * bend / first, last / second]]
+    return _staged(levels, corrections)
 
 
-def dpm_solver(model: Model, x: State, grid: Grid, noise: NoiseFn, *, order: int = 3) -> Iterator[Step]:
+def dpm_solver(grid: Grid, *, order: int = 3) -> list[Row]:
     """DPM-Solver-1, 2 or 3, its stages on the run's own levels, so that n steps cost n evaluations.
 
     Each `order` steps of the run form one step of that order; what remains, and a step into 0, or from a level that is
     all noise, is of lower order.
     """
     check_range("order", order, 1, 3)
-    last = len(grid) - 1
-    end = last - 1 if grid[-1] == 0 else last  # a stage at sigma 0 would be at lambda = infinity
-    i = 0
-    while i < last:
+    end = len(grid) - 1 - (grid[-1] == 0)  # a stage at sigma 0 would be at lambda = infinity
+    rows: list[Row] = []
+    while (i := len(rows)) < len(grid) - 1:
         width = min(order, end - i) if i < end and grid[i] <= BLIND else 1
-        for step in _dpm_step(model, x, grid[i : i + width + 1]):
-            yield step
-        x = step.x
-        i += width
+        rows += _dpm_step(grid[i : i + width + 1])
+    return rows
 
 
 def dpm_adaptive(
@@ -199,11 +186,11 @@ def dpm_adaptive(
     stages = (1 / 3, 2 / 3) if order == 3 else (1 / 2,)
     while s > end * (1 + 1e-9):
         t = max(end, s * math.exp(-h))
-        steps = list(_dpm_step(model, x, [s, *(s * (t / s) ** r for r in stages), t]))
+        steps = list(follow(model, x, _dpm_step([s, *(s * (t / s) ** r for r in stages), t]), noise))
         rough = steps[0].x0.lerp(x, t / s)
         if order == 3:  # DPM-Solver-2 from the same first stage
             slope = (steps[0].x0 - steps[1].x0) / steps[0].sigma
-            rough = rough.add(slope, alpha=-t * math.expm1(math.log(s / t)) / (2 * stages[0]))
+            rough = rough.add(slope, alpha=-(s - t) / (2 * stages[0]))
         unit = torch.maximum(rough.abs(), before.abs()).mul(rtol).clamp(min=atol)
         error = float(((rough - steps[-1].x) / unit).square().flatten(1).mean(1).max().sqrt())
         factor = 1 + math.atan((error + 1e-8) ** (-1 / order) - 1)
@@ -213,22 +200,19 @@ def dpm_adaptive(
         h *= factor
         check_range("the adaptive step in log sigma", h, 1e-6)
     if grid[-1] < s:
-        yield from _dpm_step(model, x, [s, grid[-1]])
+        yield from follow(model, x, _dpm_step([s, grid[-1]]), noise)
 
 
-def _runge_kutta(model: Model, x: State, s: float, levels: Sequence[float], weights: Sequence[float]) -> Step:
-    """A step from s to levels[-1], each stage from the slope of the one before it."""
-    x0, t = model(x, s), levels[-1]
-    if t == 0 or s > BLIND:
-        return Step(x0.lerp(x, t / s), x0, t)
-    slopes = [(x - x0) / s]
-    for level in levels:
-        trial = x.add(slopes[-1], alpha=level - s)
-        slopes.append((trial - model(trial, level)) / level)
-    moved = x0.lerp(x, 1 + weights[0] * (t - s) / s)
-    for weight, slope in zip(weights[1:], slopes[1:], strict=True):
-        moved.add_(slope, alpha=weight * (t - s))
-    return Step(moved, x0, t)
+def _runge_kutta(levels: Sequence[float], shares: Sequence[float]) -> list[Row]:
+    """A step over the levels of its stages, each from the slope of the one before it; on the noise."""
+    rows, before, s, t = [], [0.0] * len(shares), levels[0], levels[-1]
+    for k, (level, end) in enumerate(zip(levels, [*levels[1:], t], strict=True)):
+        slopes = [*[0.0] * k, end - s] if k + 1 < len(levels) else [(t - s) * share for share in shares]
+        weights = [(new - old) / u for new, old, u in zip(slopes, before, levels, strict=False)]
+        weights[-1] += 1 - end / level
+        rows.append(Row(level, None, end / level, weights[::-1]))
+        before[: len(slopes)] = slopes
+    return [*rows[:-1], rows[-1]._replace(t=t)]
 
 
 def mean(s: float, t: float) -> float:
@@ -236,19 +220,21 @@ def mean(s: float, t: float) -> float:
     return (s + t) / 2
 
 
-def pseudo(
-    model: Model, x: State, grid: Grid, noise: NoiseFn, *, starts: int, middle: Callable[[float, float], float] = mean
-) -> Iterator[Step]:
+def pseudo(grid: Grid, *, starts: int, middle: Callable[[float, float], float] = mean) -> list[Row]:
     """Adams-Bashforth 4 behind Runge-Kutta steps: one of two stages, Heun's (CompVis), or three of four (algorithm 2).
 
     `middle(s, t)` is the level half way; the paper takes the middle training step.
     """
-    past: list[Tensor] = []
-    first = min(starts, len(grid) - 1)
-    weights = (1 / 2, 1 / 2) if starts == 1 else (1 / 6, 1 / 3, 1 / 3, 1 / 6)
-    for s, t in pairwise(grid[: first + 1]):
-        step = _runge_kutta(model, x, s, [*[middle(s, t)] * (len(weights) - 2), t], weights)
-        past.insert(0, x - step.x0)
-        x = step.x
-        yield step
-    yield from follow(model, x, grid[first:], ipndm(grid)[first:], noise, of_noise=True, past=past)
+    shares = (1 / 2, 1 / 2) if starts == 1 else (1 / 6, 1 / 3, 1 / 3, 1 / 6)
+    rows: list[Row] = []
+    begun: list[int] = []  # the number of the evaluation that each step began with
+    for (s, t), row in zip(pairwise(grid), ipndm(grid), strict=True):
+        begun.insert(0, len(rows))
+        if len(begun) > starts:  # of the past it wants what steps began with
+            wanted = dict(zip(begun, row.weights, strict=False))
+            rows.append(row._replace(weights=[wanted.get(k, 0.0) for k in range(begun[0], min(wanted) - 1, -1)]))
+        elif t == 0 or s > BLIND:
+            rows.append(Row(s, t, t / s))
+        else:
+            rows += _runge_kutta([s, *[middle(s, t)] * (len(shares) - 2), t], shares)
+    return rows
