@@ -80,7 +80,7 @@ def write_model(folder: Path) -> None:
     from ldm.text.tower import TextConfig
 
     spec = native.ModelSpec(AutoencoderConfig(std=(1 / 0.18215,)), 512, UNetConfig(), TextConfig())
-    model = native.skeleton(spec, folder)
+    model = native.skeleton(spec)
     rng = torch.Generator().manual_seed(0)
     pool = torch.randn(2**24, generator=rng).mul_(0.02).half()
 

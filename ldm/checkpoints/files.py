@@ -17,6 +17,7 @@ from ldm.files import replacing
 
 # Advice of Linux about pages. The second (since 5.14) brings in many at once, fifty times as fast as one by one.
 DONTNEED, POPULATE_READ = 4, 22
+LONGEST = 400  # letters of an error
 
 
 class SafeFile:
@@ -111,13 +112,21 @@ class Tensors(Mapping[str, Tensor]):
 
 
 @contextmanager
-def brief(longest: int = 400) -> Iterator[None]:
-    """Whatever a hostile file makes a UserError quote, it stays one line of bearable length."""
+def brief(path: Path | None = None, what: str = "") -> Iterator[None]:
+    """Whatever a hostile file makes an error quote, it is a UserError of one line of bearable length.
+
+    path: the file or folder that it is about, which it names where it does not yet, and `what` behind the name; faults
+    of values are then UserErrors too.
+    """
     try:
         yield
-    except UserError as error:
+    except ValueError as error:
+        if path is None and not isinstance(error, UserError):
+            raise
         line = " ".join(str(error).split())
-        raise UserError(line if len(line) <= longest else f"{line[: longest - 3]}...") from None
+        if path is not None and repr(str(path))[:-1] not in line:
+            line = f"{str(path)!r}{what}: {line}"
+        raise UserError(line if len(line) <= LONGEST else f"{line[: LONGEST - 3]}...") from None
 
 
 def save(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:

@@ -91,12 +91,17 @@ class Model:
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Every tensor of the networks by its name in a file."""
-        modules = self.modules.items()
-        return {f"{prefix}.{name}": tuple(v.shape) for prefix, m in modules for name, v in m.state_dict().items()}
+        return {name: tuple(value.shape) for name, value in named(self.modules).items()}
 
     def own_names(self) -> KeyMap:
         """The names in a file of ours."""
         return KeyMap({name: (name,) for name in self.shapes()})
+
+    def whole(self) -> tuple[UNet, Conditioner, TextConfig]:
+        """The backbone, the text side and its settings. UserError for an autoencoder alone."""
+        if self.backbone is None or self.conditioner is None:
+            raise UserError("this file holds an autoencoder alone: give a whole model, such as train_ldm makes")
+        return self.backbone, self.conditioner, self.conditioner.config
 
     @property
     def schedule(self) -> Schedule:
@@ -104,9 +109,12 @@ class Model:
 
     def denoiser(self) -> Denoiser:
         """D(x, sigma, cond) -> x0. UserError for an autoencoder alone."""
-        if self.backbone is None:
-            raise UserError("this file holds an autoencoder alone, which cannot sample: give a model made by train_ldm")
-        return Denoiser(self.backbone, PREDICTIONS[self.spec.prediction], self.schedule)
+        return Denoiser(self.whole()[0], PREDICTIONS[self.spec.prediction], self.schedule)
+
+
+def named(modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+    """The tensors of networks, each behind its network's prefix."""
+    return {f"{prefix}.{name}": value for prefix, m in modules.items() for name, value in m.state_dict().items()}
 
 
 def build(spec: ModelSpec) -> Model:
@@ -124,8 +132,7 @@ def save(path: Path | str, spec: ModelSpec, modules: dict[str, nn.Module], stora
 
     int8 keeps the large matrices as int8 with one fp32 scale a row (1/4 of fp32) and the rest in fp16.
     """
-    weights = {f"{prefix}.{name}": v for prefix, m in modules.items() for name, v in m.state_dict().items()}
-    write(path, spec, pack(weights, storage))
+    write(path, spec, pack(named(modules), storage))
 
 
 def pack(weights: Mapping[str, Tensor], storage: Storage) -> dict[str, Tensor]:
@@ -141,37 +148,22 @@ def write(path: Path | str, spec: ModelSpec, tensors: Mapping[str, Tensor]) -> N
 
 def read_spec(path: Path | str) -> ModelSpec:
     """The spec in a file, without its weights. UserError where the file is not one of ours."""
-    return spec_of(read_header(Path(path)).metadata, Path(path))
+    with brief(Path(path)):
+        return spec_of(read_header(Path(path)).metadata)
 
 
 def load(path: Path | str, device: torch.device | str = "cpu", dtype: torch.dtype | None = torch.float32) -> Model:
-    """Read a model, strictly: UserError that names missing, unexpected and misshapen tensors.
+    """Read a file of ours, strictly: UserError that names missing, unexpected and misshapen tensors.
 
     Weights go from the mapped file to the device once; nothing is initialised at random before. dtype None: as stored.
     """
-    with brief():
+    with brief(Path(path)):
         file = SafeFile(Path(path))
-        return _fill(file, spec_of(file.metadata, file.path), device, dtype)
-
-
-def load_autoencoder(
-    path: Path | str, device: torch.device | str = "cpu", dtype: torch.dtype | None = torch.float32
-) -> Model:
-    """The autoencoder of any model file of ours, alone, read as strictly; the rest of the file is not touched."""
-    with brief():
-        file = SafeFile(Path(path))
-        spec = replace(spec_of(file.metadata, file.path), backbone=None, text=None)
-        file.entries = {name: entry for name, entry in file.entries.items() if name.startswith("autoencoder.")}
-        return _fill(file, spec, device, dtype)
-
-
-def _fill(file: SafeFile, spec: ModelSpec, device: torch.device | str, dtype: torch.dtype | None) -> Model:
-    model = skeleton(spec, file.path)
-    tensors = Packed([(file, "")])
-    try:
-        return fill(model, tensors.without(n for n in tensors if n.startswith(EXTRA)), model.own_names(), device, dtype)
-    except UserError as error:
-        raise UserError(f"{str(file.path)!r} does not fit its own spec: {error}") from None
+        model, tensors = skeleton(spec_of(file.metadata)), Packed([(file, "")])
+        fill(
+            model.modules, tensors.without(n for n in tensors if n.startswith(EXTRA)), model.own_names(), device, dtype
+        )
+    return model
 
 
 class _Unfilled(TorchFunctionMode):
@@ -183,16 +175,14 @@ class _Unfilled(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def skeleton(spec: ModelSpec, path: Path) -> Model:
+def skeleton(spec: ModelSpec) -> Model:
     """A spec's networks without weights, on the meta device. UserError where such networks cannot be."""
+    _check_size(config.to_dict(spec))
     try:
-        _check_size(config.to_dict(spec))
         with torch.device("meta"), _Unfilled():
             return build(spec)
-    except UserError as error:
-        raise UserError(f"{str(path)!r}: {error}") from None
     except (ValueError, ArithmeticError, RuntimeError, AssertionError, IndexError) as error:
-        raise UserError(f"{str(path)!r} describes a model that cannot be: {error}") from None
+        raise UserError(f"it describes a model that cannot be: {error}") from None
 
 
 def _check_size(part: dict[str, Any], where: str = "") -> None:
@@ -218,22 +208,23 @@ def check(like: Shapes, tensors: Tensors, keymap: KeyMap) -> None:
 
 
 def fill(
-    model: Model,
+    modules: Mapping[str, nn.Module],
     tensors: Tensors,
     keymap: KeyMap,
     device: torch.device | str,
     dtype: torch.dtype | None,
     *,
     layout: torch.memory_format = torch.preserve_format,
-) -> Model:
-    """Give a skeleton its weights, each from the file to the device once. UserError as `check`, or if not finite.
+) -> None:
+    """Give networks on the meta device their weights, strictly: each from the file to the device once.
 
-    layout: of convolutions.
+    modules: by the prefix of their names in the keymap. dtype None: as most of the file is. layout: of convolutions.
+    UserError as `check`, and for what is not finite.
     """
-    check(model.shapes(), tensors, keymap)
-    for prefix, module in model.modules.items():
-        pour(module, tensors, keymap, device, dtype or tensors.main_dtype(), prefix=f"{prefix}.", layout=layout)
-    return model
+    check({name: tuple(value.shape) for name, value in named(modules).items()}, tensors, keymap)
+    dtype = dtype or tensors.main_dtype()
+    for prefix, module in modules.items():
+        pour(module, tensors, keymap, device, dtype, prefix=f"{prefix}.", layout=layout)
 
 
 def pour(
@@ -243,10 +234,10 @@ def pour(
     device: torch.device | str,
     dtype: torch.dtype,
     *,
-    prefix: str = "",
-    layout: torch.memory_format = torch.preserve_format,
+    prefix: str,
+    layout: torch.memory_format,
 ) -> None:
-    """Give a module on the meta device its weights, which have been checked. UserError for those not finite."""
+    """`fill` of one network, whose tensors have been checked."""
     state, broken = {}, set()
     for name, empty in module.state_dict().items():
         ours = prefix + name
@@ -318,16 +309,13 @@ class Packed(Tensors):
         return replace(entry, dtype="F16")
 
 
-def spec_of(metadata: Mapping[str, str], path: Path) -> ModelSpec:
+def spec_of(metadata: Mapping[str, str]) -> ModelSpec:
     """The spec in a file's metadata. UserError where it is not ours, of another version or unreadable."""
     if metadata.get("format") != FORMAT:
-        raise UserError(f"{str(path)!r} is a safetensors file but not an ldm model (its metadata does not say so)")
+        raise UserError("it is a safetensors file but not an ldm model (its metadata does not say so)")
     if metadata.get("version") != VERSION:
-        raise UserError(f"{str(path)!r} has format version {metadata.get('version')}, this program reads {VERSION}")
-    try:
-        return read_spec_json(metadata.get(SPEC, ""))
-    except UserError as error:
-        raise UserError(f"{str(path)!r}: {error}") from None
+        raise UserError(f"it has format version {metadata.get('version')}, this program reads {VERSION}")
+    return read_spec_json(metadata.get(SPEC, ""))
 
 
 def read_spec_json(text: str) -> ModelSpec:

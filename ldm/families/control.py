@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import replace
+from itertools import count, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,9 @@ import torch
 from torch import nn
 
 from ldm.checkpoints import control as names
+from ldm.checkpoints import native
 from ldm.checkpoints.files import SafeFile, Tensors, brief, save
-from ldm.checkpoints.keymap import KeyMap
-from ldm.checkpoints.native import check, pour
+from ldm.checkpoints.keymap import KeyMap, Shapes
 from ldm.errors import UserError
 from ldm.families.folder import read_json, unet_from, unet_to
 from ldm.families.source import kind, weight_files
@@ -25,6 +26,8 @@ from ldm.text.tower import TextConfig
 # Settings of ControlNetModel's config that a UNet's has not.
 _OWN = {"conditioning_channels", "conditioning_embedding_out_channels", "controlnet_conditioning_channel_order"}
 _VOID = {"global_pool_conditions", "encoder_hid_dim", "encoder_hid_dim_type", "class_embed_type", "num_class_embeds"}
+_UNET_ONLY = {"up_block_types", "sample_size", "out_channels", "mid_block_type", "conv_in_kernel", "conv_out_kernel"}
+_UNET_ONLY |= {"resnet_out_scale_factor", "time_embedding_type", "attention_type"}
 HINT = "controlnet_cond_embedding."
 _SPARE = re.compile(r".*\.position_ids|lora_controlnet")
 
@@ -37,50 +40,40 @@ def load_control(
     path: a safetensors file, or diffusers' folder of one. dtype None: as stored.
     """
     folder = path.is_dir()
-    files = weight_files(path) if folder else [path]
-    with brief():
-        tensors = Tensors((SafeFile(file), "") for file in files)
-        try:
-            stated = read_json(path / "config.json") if folder else {}
-            with torch.device("meta"):
-                network, keymap = _understand(tensors, like, stated)
-            spare = [name for name in tensors if _SPARE.fullmatch(name)]
-            fill(network, tensors.without(spare), keymap, device, dtype or tensors.main_dtype())
-        except (UserError, ValueError) as error:
-            raise UserError(f"{str(path)!r} does not steer this model: {error}") from None
+    with brief(path, " does not steer this model"):
+        tensors = Tensors((SafeFile(file), "") for file in (weight_files(path) if folder else [path]))
+        stated = read_json(path / "config.json") if folder else {}
+        with torch.device("meta"):
+            network, keymap = _understand(tensors.shapes(), like, stated)
+        tensors = tensors.without(name for name in tensors if _SPARE.fullmatch(name))
+        native.fill({"control": network}, tensors, keymap.under("control.", ""), device, dtype)
     return network
 
 
-def fill(network: nn.Module, tensors: Tensors, keymap: KeyMap, device: torch.device | str, dtype: torch.dtype) -> None:
-    """Give a network on the meta device its weights, strictly."""
-    check({name: tuple(value.shape) for name, value in network.state_dict().items()}, tensors, keymap)
-    pour(network, tensors, keymap, device, dtype)
-
-
-def _understand(
-    tensors: Tensors, like: UNetConfig, stated: Mapping[str, Any]
-) -> tuple[ControlNet | T2IAdapter, KeyMap]:
+def _understand(shapes: Shapes, like: UNetConfig, stated: Mapping[str, Any]) -> tuple[ControlNet | T2IAdapter, KeyMap]:
     """The network without weights, and where its tensors stand."""
-    shapes = tensors.shapes()
     prefix = "control_model." if "control_model.input_hint_block.0.weight" in shapes else ""
     if f"{HINT}conv_in.weight" in shapes:
-        steered = replace(_config(stated), in_channels=like.in_channels) if stated else like
+        steered = _config(stated) if stated else like
         mine, its = ((c.channels, c.res_blocks, c.context_dim, c.vector_dim) for c in (like, steered))
         if mine != its:
             raise UserError(f"it is for a UNet of widths {steered.channels} and contexts of {steered.context_dim}")
-        widths = [shapes[f"{HINT}conv_in.weight"][0]]
-        while f"{HINT}blocks.{2 * len(widths) - 1}.weight" in shapes:
-            widths.append(shapes[f"{HINT}blocks.{2 * len(widths) - 1}.weight"][0])
-        first = shapes[f"{HINT}conv_in.weight"]
+        widths, channels = [], shapes[f"{HINT}conv_in.weight"][1]
+        name = f"{HINT}conv_in.weight"
+        while name in shapes:
+            widths.append(shapes[name][0])
+            name = f"{HINT}blocks.{2 * len(widths) - 1}.weight"
         steered = replace(steered, in_channels=shapes["conv_in.weight"][1])
-        network = ControlNet(steered, first[1], tuple(widths))
+        network = ControlNet(steered, channels, tuple(widths))
         return network, names.controlnet(network, layout="diffusers")
     if f"{prefix}input_hint_block.0.weight" in shapes:
-        first = shapes[f"{prefix}input_hint_block.0.weight"]
-        numbers = range(0, 1000, 4)
-        widths = [shapes[f"{prefix}input_hint_block.{n}.weight"][0] for n in numbers if _has(shapes, prefix, n)]
+        hint = f"{prefix}input_hint_block."
+        places = [
+            f"{hint}{n}.weight" for n in range(0, 1000, 4) if f"{hint}{n + 2}.weight" in shapes
+        ]  # the last has no next
+        widths, channels = [shapes[place][0] for place in places if place in shapes], shapes[f"{hint}0.weight"][1]
         steered = replace(like, in_channels=shapes[f"{prefix}input_blocks.0.0.weight"][1])
-        network = ControlNet(steered, first[1], tuple(widths))
+        network = ControlNet(steered, channels, tuple(widths))
         return network, names.controlnet(network, layout="compvis").under("", prefix)
     for layout, start in (("diffusers", "adapter."), ("t2i", "")):
         block = "body.0.resnets.0" if layout == "diffusers" else "body.0"
@@ -88,11 +81,6 @@ def _understand(
             adapter = T2IAdapter(_t2i(shapes, start, layout, like))
             return adapter, names.t2i(adapter, layout=layout)
     raise UserError(f"it is {kind(shapes)}, neither a ControlNet nor a T2I-Adapter")
-
-
-def _has(shapes: Mapping[str, Any], prefix: str, number: int) -> bool:
-    """Whether a convolution of the hint that brings a new width stands here: the last of all does not."""
-    return all(f"{prefix}input_hint_block.{n}.weight" in shapes for n in (number, number + 2))
 
 
 def _config(stated: Mapping[str, Any]) -> UNetConfig:
@@ -107,23 +95,25 @@ def _config(stated: Mapping[str, Any]) -> UNetConfig:
     return unet_from(data | {"up_block_types": [kinds.get(block) for block in reversed(blocks)]})
 
 
-def _t2i(shapes: Mapping[str, tuple[int, ...]], start: str, layout: str, like: UNetConfig) -> T2IConfig:
+def _t2i(shapes: Shapes, start: str, layout: str, like: UNetConfig) -> T2IConfig:
     """The config of a T2I-Adapter: SDXL's halves once and sees 16 pixels as one, the others thrice and 8."""
     large = like.vector_dim > 0
-    factor = 16 if large else 8
-    first = shapes[f"{start}conv_in.weight"]
-    numbers = {int(found[1]) for name in shapes if (found := re.match(rf"{re.escape(start)}body\.(\d+)\.", name))}
-    blocks = 2
+    factor, hint = 16 if large else 8, shapes[f"{start}conv_in.weight"][1]
     if layout == "diffusers":
-        blocks = 1 + max(int(found[1]) for name in shapes if (found := re.search(r"body\.0\.resnets\.(\d+)\.", name)))
-    count = (max(numbers) + 1) // (1 if layout == "diffusers" else blocks)
-    place = "body.{}.resnets.0" if layout == "diffusers" else "body.{}"
-    step = 1 if layout == "diffusers" else blocks
-    channels = tuple(shapes[f"{start}{place.format(i * step)}.block1.weight"][0] for i in range(count))
-    if channels[: len(like.channels)] != like.channels or first[1] % factor**2:
+        numbers = (re.search(r"body\.0\.resnets\.(\d+)\.", name) for name in shapes)
+        blocks, places = (
+            1 + max(int(found[1]) for found in numbers if found),
+            f"{start}body.{{}}.resnets.0.block1.weight",
+        )
+    else:
+        blocks, places = 2, f"{start}body.{{}}.block1.weight"
+    step = 1 if layout == "diffusers" else blocks  # the first code counts all blocks through
+    there = takewhile(lambda place: place in shapes, (places.format(i * step) for i in count()))
+    channels = tuple(shapes[place][0] for place in there)
+    if channels[: len(like.channels)] != like.channels or hint % factor**2:
         raise UserError(f"it is for a UNet of widths {channels}, not {like.channels}")
-    halves = tuple(i == 2 for i in range(count)) if large else tuple(i > 0 for i in range(count))
-    return T2IConfig(channels, blocks, first[1] // factor**2, factor, halves)
+    halves = tuple(i == 2 if large else i > 0 for i in range(len(channels)))
+    return T2IConfig(channels, blocks, hint // factor**2, factor, halves)
 
 
 def save_controlnet(folder: Path, network: ControlNet, side: int, metadata: Mapping[str, Any]) -> Path:
@@ -131,21 +121,15 @@ def save_controlnet(folder: Path, network: ControlNet, side: int, metadata: Mapp
 
     UserError where diffusers has no words for it.
     """
-    data = unet_to(network.config, side, TextConfig())
-    for name in ("up_block_types", "sample_size", "out_channels", "mid_block_type"):
-        data.pop(name)
+    stated = unet_to(network.config, side, TextConfig())
     convolutions = [layer.weight for layer in network.hint if isinstance(layer, nn.Conv2d)]
-    data |= {
+    data = {name: value for name, value in stated.items() if name not in _UNET_ONLY} | {
         "_class_name": "ControlNetModel",
         "conditioning_channels": convolutions[0].shape[1],
         "conditioning_embedding_out_channels": [convolutions[0].shape[0], *(w.shape[0] for w in convolutions[2:-1:2])],
     }
-    data = {name: value for name, value in data.items() if name not in _UNET_ONLY}
     tensors = names.controlnet(network, layout="diffusers").save(network.state_dict())
     path = folder / "diffusion_pytorch_model.safetensors"
     save(path, tensors, {"ldm.provenance": json.dumps(metadata)})
     write_json(folder / "config.json", data)
     return path
-
-
-_UNET_ONLY = {"conv_in_kernel", "conv_out_kernel", "resnet_out_scale_factor", "time_embedding_type", "attention_type"}

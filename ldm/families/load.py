@@ -6,11 +6,11 @@ from pathlib import Path
 import torch
 
 from ldm.checkpoints import native
+from ldm.checkpoints.files import brief
 from ldm.checkpoints.native import Model
 from ldm.conditioning import Conditioning
 from ldm.diffusion.schedules import Schedule
-from ldm.errors import UserError
-from ldm.families.source import Source, open_model
+from ldm.families.source import open_model
 from ldm.families.vae import load_vae
 from ldm.models.unet import UNet
 
@@ -25,30 +25,16 @@ def load(
 ) -> Model:
     """A model of any layout, strictly; dtype None: as most of the file is. vae: in place of its own.
 
-    layout: of convolutions; copied once into it, they cost no more memory than the file.
-
-    UserError, one line, where a file is broken or holds something else.
+    layout: of convolutions; copied once into it, they cost no more memory than the file. Where the file does not say
+    what the network predicts, the network is asked. UserError where a file is broken or holds something else.
     """
-    with open_model(path) as source:
-        model = fill(source, device, dtype, layout)
-    return model if vae is None else replace(model, autoencoder=load_vae(vae, model.spec.autoencoder, device, dtype))
-
-
-def fill(
-    source: Source,
-    device: torch.device | str,
-    dtype: torch.dtype | None,
-    layout: torch.memory_format = torch.preserve_format,
-) -> Model:
-    """Load an open model. Where the file does not say what the network predicts, the network is asked."""
-    try:
-        model = native.fill(source.model, source.needed, source.keymap, device, dtype, layout=layout)
-    except UserError as error:
-        raise UserError(f"{str(source.path)!r}: {error}") from None
+    with open_model(path) as source, brief(path):
+        model = source.model
+        native.fill(model.modules, source.needed, source.keymap, device, dtype, layout=layout)
     if source.guessed and model.backbone is not None and predicts_noise(model.backbone, model.schedule):
         side = min(512, model.spec.image_size)
         model.spec = replace(model.spec, prediction="eps", image_size=side)
-    return model
+    return model if vae is None else replace(model, autoencoder=load_vae(vae, model.spec.autoencoder, device, dtype))
 
 
 @torch.no_grad()

@@ -4,7 +4,8 @@ Attention heads and norm groups leave no trace in shapes: heads follow from the 
 """
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 
 from ldm.checkpoints.native import ModelSpec, SamplingDefaults
@@ -44,18 +45,12 @@ def recognise(names: Iterable[str]) -> Family | None:
 
 def infer(family: Family, shapes: Shapes, metadata: Mapping[str, str]) -> ModelSpec:
     """A whole spec. UserError that names a tensor that is needed and is not there, or has an impossible shape."""
-    try:
+    with misfits(f" {family.title}"):
         backbone = unet_config(shapes, family.heads)
         vae = autoencoder_config(_below(VAE, shapes), family.scale)
         towers = {tower.module: _tower(tower, family, shapes) for tower in family.towers}
-    except KeyError as error:
-        raise UserError(f"tensors do not fit: {error.args[0]} is missing") from None
-    except (IndexError, ValueError, ZeroDivisionError) as error:
-        raise UserError(f"tensors do not fit {family.title}: {error}") from None
     text = join(towers["tower"], towers.get("second"), family.text.size_ids, backbone.vector_dim)
-    prediction = stated_prediction(shapes, metadata) or (
-        "v" if len(family.sides) > 1 and family.name == "sd2" else "eps"
-    )
+    prediction = stated_prediction(shapes, metadata) or ("v" if family.name == "sd2" else "eps")
     zero_snr = "ztsnr" in shapes
     return ModelSpec(
         autoencoder=vae,
@@ -67,6 +62,17 @@ def infer(family: Family, shapes: Shapes, metadata: Mapping[str, str]) -> ModelS
         defaults=SamplingDefaults(schedule="trailing" if zero_snr else "leading", cfg_scale=family.cfg_scale),
         provenance={"family": family.name, "layout": "compvis"},
     )
+
+
+@contextmanager
+def misfits(what: str = "") -> Iterator[None]:
+    """Names and shapes within that make no network are a UserError."""
+    try:
+        yield
+    except KeyError as error:
+        raise UserError(f"tensors do not fit: {error.args[0]} is missing") from None
+    except (IndexError, ValueError, ZeroDivisionError) as error:
+        raise UserError(f"tensors do not fit{what}: {error}") from None
 
 
 def stated_prediction(shapes: Shapes, metadata: Mapping[str, str]) -> str | None:
@@ -104,9 +110,8 @@ def unet_config(shapes: Shapes, heads: Callable[[int], int]) -> UNetConfig:
         number += 1
     if len(set(blocks)) != 1 or not channels:
         raise ValueError(f"the levels of its UNet have {blocks} blocks")
-    attention = next(
-        (name[: -len("norm.weight")] for name in names if re.fullmatch(r"input_blocks\.\d+\.1\.norm\.weight", name)), ""
-    )
+    found = (re.fullmatch(r"(input_blocks\.\d+\.1\.)norm\.weight", name) for name in names)
+    attention = next((match[1] for match in found if match), "")
     return UNetConfig(
         in_channels=names["input_blocks.0.0.weight"][1],
         out_channels=names["out.2.weight"][0],

@@ -56,41 +56,38 @@ class Source:
 
     def check(self) -> None:
         """UserError unless every tensor that the model needs is there, and no other, each of its shape."""
-        try:
+        with brief(self.path):
             native.check(self.model.shapes(), self.needed, self.keymap)
-        except UserError as error:
-            raise UserError(f"{str(self.path)!r}: {error}") from None
 
 
 @contextmanager
 def open_model(path: Path) -> Iterator[Source]:
     """Open one of our files, a single file of CompVis's layout, or a diffusers folder. UserError otherwise."""
     with brief():
-        yield _folder(path) if path.is_dir() else _single(SafeFile(path))
+        with brief(path):
+            source = _folder(path) if path.is_dir() else _single(SafeFile(path))
+        yield source
 
 
 def _single(file: SafeFile) -> Source:
     if file.metadata.get("format") == native.FORMAT:
-        spec = native.spec_of(file.metadata, file.path)
+        spec = native.spec_of(file.metadata)
         tensors: Tensors = native.Packed([(file, "")])
-        model = native.skeleton(spec, file.path)
+        model = native.skeleton(spec)
         extras = frozenset(name for name in tensors if name.startswith(native.EXTRA))
         return Source(file.path, "ldm", spec, model, tensors, model.own_names(), extras)
     tensors = Tensors([(file, "")])
     shapes = tensors.shapes()
     family = singlefile.recognise(shapes)
     if family is None:
-        raise UserError(f"{str(file.path)!r} is {kind(shapes)}: --model takes a whole model")
-    try:
-        stated = file.metadata.get("ldm.spec")
-        spec = native.read_spec_json(stated) if stated else singlefile.infer(family, shapes, file.metadata)
-    except UserError as error:
-        raise UserError(f"{str(file.path)!r}: {error}") from None
+        raise UserError(f"it is {kind(shapes)}: --model takes a whole model")
+    stated = file.metadata.get("ldm.spec")
+    spec = native.read_spec_json(stated) if stated else singlefile.infer(family, shapes, file.metadata)
     guessed = not stated and len(family.sides) > 1 and singlefile.stated_prediction(shapes, file.metadata) is None
     dialect = singlefile.dialect(family, shapes)
     if dialect != Dialect() and not stated:
         spec = replace(spec, provenance=spec.provenance | {"names": {"compvis": asdict(dialect)}})
-    model = native.skeleton(spec, file.path)
+    model = native.skeleton(spec)
     keymap = _override(compvis_map(family, model, dialect), tensors, model)
     extras = frozenset(name for name in keymap.unused(tensors) if singlefile.EXTRAS.fullmatch(name))
     return Source(file.path, "compvis", spec, model, tensors, keymap, extras, guessed)
@@ -99,19 +96,15 @@ def _single(file: SafeFile) -> Source:
 def _folder(path: Path) -> Source:
     parts = folder_parts(path)
     configs = {part: read_json(path / part / name) for part, name in parts.items()}
-    files = [(file, f"{part}/") for part in parts if part != "scheduler" for file in weight_files(path / part)]
-    opened = [(SafeFile(file), prefix) for file, prefix in files]
+    networks = [part for part in parts if part != "scheduler"]
+    opened = [(SafeFile(file), f"{part}/") for part in networks for file in weight_files(path / part)]
     stated = None
     if (path / EXTRA).is_file():
-        extra = SafeFile(path / EXTRA)
-        opened.append((extra, ""))
-        stated = extra.metadata.get("ldm.spec")
+        opened.append((SafeFile(path / EXTRA), ""))
+        stated = opened[-1][0].metadata.get("ldm.spec")
     tensors = Tensors(opened)
-    try:
-        family, spec = folder_spec(path, configs)
-        dialects = {part: _dialect(part, tensors) for part in parts if part != "scheduler"}
-    except UserError as error:
-        raise UserError(f"{str(path)!r}: {error}") from None
+    family, spec = folder_spec(path, configs)
+    dialects = {part: _dialect(part, tensors) for part in networks}
     if stated is not None:
         own = native.read_spec_json(stated)
         # The config.json files have the last word: what we wrote beside them counts while they still say the same.
@@ -119,7 +112,7 @@ def _folder(path: Path) -> Source:
     unusual = {part: asdict(dialect) for part, dialect in dialects.items() if dialect != Dialect()}
     if unusual and stated is None:
         spec = replace(spec, provenance=spec.provenance | {"names": unusual})
-    model = native.skeleton(spec, path)
+    model = native.skeleton(spec)
     keymap = _override(diffusers_map(family, model, dialects), tensors, model)
     spare = SPARE if stated is None else SPARE_OF_OURS
     extras = frozenset(name for name in keymap.unused(tensors) if spare.fullmatch(name))
@@ -156,13 +149,9 @@ def folder_spec(path: Path, configs: Mapping[str, dict[str, Any]]) -> tuple[Fami
         pad = _pad(path, tower.folder, template, data.get("vocab_size"))
         towers[tower.module] = text_from(data, tower.folder, replace(template, pad=pad))
     backbone, vae = unet_from(configs["unet"]), vae_from(configs["vae"])
-    try:
-        text = singlefile.join(towers["tower"], towers.get("second"), family.text.size_ids, backbone.vector_dim)
-        index = read_json(path / INDEX)
-        zero = index.get("force_zeros_for_empty_prompt", family.text.zero_empty)
-        text = replace(text, zero_empty=bool(family.text.size_ids and zero))
-    except ValueError as error:
-        raise UserError(str(error)) from None
+    text = singlefile.join(towers["tower"], towers.get("second"), family.text.size_ids, backbone.vector_dim)
+    zero = read_json(path / INDEX).get("force_zeros_for_empty_prompt", family.text.zero_empty)
+    text = replace(text, zero_empty=bool(family.text.size_ids and zero))
     prediction, schedule, defaults = sampling_from(configs["scheduler"])
     side = configs["unet"].get("sample_size")
     image_size = side * vae.factor if isinstance(side, int) and 0 < side <= 8192 else family.sides["eps"]

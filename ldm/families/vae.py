@@ -9,12 +9,11 @@ import torch
 
 from ldm.checkpoints import compvis, diffusers, native
 from ldm.checkpoints.files import SafeFile, Tensors, brief
-from ldm.checkpoints.integrity import read_header
 from ldm.checkpoints.keymap import KeyMap
-from ldm.checkpoints.native import Model, ModelSpec
+from ldm.checkpoints.native import ModelSpec
 from ldm.errors import UserError
 from ldm.families.folder import read_json, vae_from
-from ldm.families.singlefile import VAE, autoencoder_config
+from ldm.families.singlefile import VAE, autoencoder_config, misfits
 from ldm.families.source import INDEX, kind, weight_files
 from ldm.models.autoencoder import Autoencoder, AutoencoderConfig
 from ldm.models.taesd import TinyAutoencoder, TinyConfig
@@ -31,16 +30,12 @@ def load_vae(
     path: any whole model; an autoencoder of ours, of CompVis's names, or in diffusers' folder; TAESD as a folder of its
     two halves or as either half, the other being looked for beside it under the same name.
     """
-    with brief():
-        tensors = Tensors(_files(path))
-        try:
-            model, keymap, tensors = _understand(path, tensors, like or AutoencoderConfig())
-            z = model.autoencoder.config.z_channels
-            if like is not None and z != like.z_channels:
-                raise UserError(f"its latents have {z} channels, the model's {like.z_channels}")
-            return native.fill(model, tensors, keymap, device, dtype).autoencoder
-        except UserError as error:
-            raise UserError(f"{str(path)!r}: {error}") from None
+    with brief(path):
+        vae, keymap, tensors = _understand(_files(path), path, like or AutoencoderConfig())
+        if like is not None and vae.config.z_channels != like.z_channels:
+            raise UserError(f"its latents have {vae.config.z_channels} channels, the model's {like.z_channels}")
+        native.fill({"autoencoder": vae}, tensors, keymap, device, dtype)
+    return vae
 
 
 def _files(path: Path) -> list[tuple[SafeFile, str]]:
@@ -62,47 +57,46 @@ def _files(path: Path) -> list[tuple[SafeFile, str]]:
     return [(file, f"taesd.{mine}."), (SafeFile(beside), f"taesd.{other}.")]
 
 
-def _understand(path: Path, tensors: Tensors, like: AutoencoderConfig) -> tuple[Model, KeyMap, Tensors]:
-    """The networks without weights, and where their tensors stand."""
-    shapes = tensors.shapes()
+def _understand(
+    files: list[tuple[SafeFile, str]], path: Path, like: AutoencoderConfig
+) -> tuple[Autoencoder | TinyAutoencoder, KeyMap, Tensors]:
+    """The network without weights, where its tensors stand, and these alone."""
+    tensors = Tensors(files)
+    shapes, metadata = tensors.shapes(), files[0][0].metadata
     if "taesd.decoder.1.weight" in shapes:
-        return _tiny(shapes, tensors, "taesd.encoder.", "taesd.decoder.", 0)
-    if (
-        "decoder.layers.0.weight" in shapes
-    ):  # diffusers' AutoencoderTiny leaves out the first layer, which has no weights
-        return _tiny(shapes, tensors, "encoder.layers.", "decoder.layers.", 1)
+        return *_tiny(shapes, "taesd.encoder.", "taesd.decoder.", 0), tensors
+    if "decoder.layers.0.weight" in shapes:  # diffusers' AutoencoderTiny leaves out the first layer, without weights
+        return *_tiny(shapes, "encoder.layers.", "decoder.layers.", 1), tensors
     if "encoder.down_blocks.0.resnets.0.norm1.weight" in shapes:
         folder = path / "vae" if (path / "vae").is_dir() else path if path.is_dir() else path.parent
-        config = vae_from(read_json(folder / "config.json"))
+        vae = _skeleton(vae_from(read_json(folder / "config.json")))
         legacy = "encoder.mid_block.attentions.0.query.weight" in shapes
-        model = native.skeleton(ModelSpec(config, 512), path)
-        return model, diffusers.autoencoder(model.autoencoder, legacy=legacy).under("autoencoder.", ""), tensors
-    metadata = {} if path.is_dir() else read_header(path).metadata
+        return vae, diffusers.autoencoder(vae, legacy=legacy).under("autoencoder.", ""), tensors
     if metadata.get("format") == native.FORMAT:
-        config = native.spec_of(metadata, path).autoencoder
-        model = native.skeleton(ModelSpec(config, 512), path)
-        packed = native.Packed([])
-        packed._places = {name: place for name, place in tensors._places.items() if name.startswith("autoencoder.")}
-        return model, model.own_names(), packed
+        vae, packed = _skeleton(native.spec_of(metadata).autoencoder), native.Packed(files)
+        keymap = KeyMap({name: (name,) for name in native.named({"autoencoder": vae})})
+        return vae, keymap, packed.without(name for name in packed if not name.startswith("autoencoder."))
     prefix = VAE if any(name.startswith(VAE) for name in shapes) else ""
     if f"{prefix}encoder.conv_in.weight" not in shapes:
         raise UserError(f"this is {kind(shapes)}, not an autoencoder")
     bare = {name.removeprefix(prefix): shape for name, shape in shapes.items() if name.startswith(prefix)}
-    try:
+    with misfits():
         config = replace(autoencoder_config(bare, 1.0), mean=like.mean, std=like.std)
-    except KeyError as error:
-        raise UserError(f"tensors do not fit: {error.args[0]} is missing") from None
-    except (IndexError, ValueError, ZeroDivisionError) as error:
-        raise UserError(f"tensors do not fit: {error}") from None
-    model = native.skeleton(ModelSpec(config, 512), path)
-    keymap = compvis.autoencoder(model.autoencoder, config).under("autoencoder.", prefix)
+    vae = _skeleton(config)
     spare = re.compile(rf"(?!{re.escape(prefix)}).*|{re.escape(prefix)}(loss|model_ema)\..*")
-    return model, keymap, tensors.without(name for name in shapes if spare.fullmatch(name))
+    rest = tensors.without(name for name in shapes if spare.fullmatch(name))
+    return vae, compvis.autoencoder(vae, config).under("autoencoder.", prefix), rest
+
+
+def _skeleton(config: AutoencoderConfig) -> Autoencoder:
+    vae = native.skeleton(ModelSpec(config, 512)).autoencoder
+    assert isinstance(vae, Autoencoder)
+    return vae
 
 
 def _tiny(
-    shapes: Mapping[str, tuple[int, ...]], tensors: Tensors, encoder: str, decoder: str, skipped: int
-) -> tuple[Model, KeyMap, Tensors]:
+    shapes: Mapping[str, tuple[int, ...]], encoder: str, decoder: str, skipped: int
+) -> tuple[TinyAutoencoder, KeyMap]:
     first = shapes[f"{decoder}{1 - skipped}.weight"]
     if len(first) != 4 or not all(0 < side <= 4096 for side in first):
         raise UserError(f"its first layer has the shape {list(first)}")
@@ -111,7 +105,6 @@ def _tiny(
     names: dict[str, tuple[str, ...]] = {}
     for ours in tiny.state_dict():
         half, number, rest = ours.split(".", 2)
-        places = {"encoder": f"{encoder}{number}.{rest}", "decoder": f"{decoder}{int(number) - skipped}.{rest}"}
-        names[f"autoencoder.{ours}"] = (places[half],)
-    model = Model(ModelSpec(AutoencoderConfig(z_channels=first[1]), 512), tiny, None, None)
-    return model, KeyMap(names), tensors
+        place = f"{encoder}{number}" if half == "encoder" else f"{decoder}{int(number) - skipped}"
+        names[f"autoencoder.{ours}"] = (f"{place}.{rest}",)
+    return tiny, KeyMap(names)

@@ -22,6 +22,7 @@ from ldm.evaluation.inception import Inception
 from ldm.evaluation.judge import Judge, JudgeSpec
 from ldm.evaluation.store import Found
 from ldm.evaluation.suite import METRICS
+from ldm.families.vae import load_vae
 from ldm.files import sha256
 from ldm.models.perceptual import LPIPS
 from ldm.text.open_clip import _torchvision_operators
@@ -153,14 +154,12 @@ def test_ready_pictures(evaluate, pictures: Path, tmp_path: Path) -> None:
 
 
 def test_an_autoencoder_alone(evaluate, tiny_model: Path, pictures: Path, tmp_path: Path) -> None:
-    model = native.load_autoencoder(tiny_model)
-    native.save(tmp_path / "vae.safetensors", model.spec, model.modules)
+    vae = load_vae(tiny_model)
+    native.save(tmp_path / "vae.safetensors", native.ModelSpec(vae.config, 32), {"autoencoder": vae})
     arguments = ["--model", tmp_path / "vae.safetensors", "--data", pictures, "--rounds", 5]
     code, result, said = evaluate(*arguments, "--metrics", "psnr,ssim")
     assert code == 0, said
-    again = model.autoencoder.decode(
-        model.autoencoder.encode(target := Found(str(pictures)).read(range(8)) / 127.5 - 1).mode
-    )
+    again = vae.decode(vae.encode(target := Found(str(pictures)).read(range(8)) / 127.5 - 1).mode)
     error = (again.clamp(-1, 1) - target).square().mean((1, 2, 3))
     assert result["metrics"]["psnr"]["value"] == pytest.approx((10 * (4 / error).log10()).mean().item(), abs=1e-3)
     assert evaluate(*arguments, "--metrics", "judge")[0] == 2

@@ -229,7 +229,7 @@ def test_another_familys(folders: dict[str, Path], plain: Callable[[str], Peft],
 def real_shapes(name: str) -> Model:
     """A family's shapes and no numbers, for files whose places are asked for alone."""
     text = KNOWN[name].text
-    return native.skeleton(native.ModelSpec(AutoencoderConfig(), 512, UNetConfig(context_dim=text.width), text), Path())
+    return native.skeleton(native.ModelSpec(AutoencoderConfig(), 512, UNetConfig(context_dim=text.width), text))
 
 
 @pytest.mark.skipif(not REAL.is_dir(), reason="the real files are not here")

@@ -29,8 +29,8 @@ def sources(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) 
     prefix = "first_stage_model."
     bare = {n.removeprefix(prefix): v for n, v in load_file(root / "single").items() if n.startswith(prefix)}
     save_file(bare | {"loss.logvar": torch.zeros(1), "model_ema.decay": torch.zeros(1)}, root / "bare")
-    alone = native.load_autoencoder(root / "ours")
-    native.save(root / "alone", alone.spec, alone.modules)
+    vae = load_vae(root / "ours")
+    native.save(root / "alone", native.ModelSpec(vae.config, 512), {"autoencoder": vae})
     return {
         "folder": folders["sd1"],
         "part": folders["sd1"] / "vae",

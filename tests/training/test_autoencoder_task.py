@@ -293,7 +293,7 @@ def test_a_teacher_gives_the_latents_that_are_decoded_and_learnt(vae, teacher: s
     first = task.autoencoder_loss(batch(task))
     first["loss"].backward()
     image = to_image(batch(task)["image"])
-    wanted = native.load_autoencoder(teacher).autoencoder.encode(image)
+    wanted = native.load(teacher).autoencoder.encode(image)
     torch.testing.assert_close(first["latent"], (task.autoencoder.encode(image).mean - wanted.mean).square().mean())
     noise = keyed.normal(0, "posterior", batch(task)["position"], tuple(wanted.mean.shape[1:]))
     seen = task.autoencoder.decode(wanted.sample(noise))

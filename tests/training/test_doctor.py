@@ -121,7 +121,7 @@ def test_captions_that_say_nothing(text: str, line: str, tiny: Make, tmp_path: P
 
 @pytest.mark.usefixtures("small")
 def test_latents_on_another_scale(tiny: Make, tmp_path: Path):
-    model = native.load_autoencoder(ROOT / "ldm/assets/embedded.safetensors")
+    model = native.load(ROOT / "ldm/assets/embedded.safetensors")
     values = model.spec.autoencoder
     for std, mean in ((0.18215, 0.0), (1.0, 20.0)):
         wrong = replace(values, std=tuple(s * std for s in values.std), mean=tuple(m + mean for m in values.mean))
