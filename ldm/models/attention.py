@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable
 from functools import cache
 from importlib import import_module
-from itertools import product
+from itertools import product as pairs
 
 import torch
 import torch.nn.functional as F
@@ -13,14 +13,12 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from ldm.conditioning import Conditioning
-from ldm.errors import UserError, nearest
+from ldm.errors import UserError, unknown
 from ldm.models.layers import Features, norm
-from ldm.models.processor import native_bf16, slow_blas, slow_fp16
+from ldm.models.processor import native_bf16, product, slow_blas, slow_fp16
 
 Sequence = Float[Tensor, "b l d"]
 Heads = Float[Tensor, "b n _ _"]
-
-
 Mask = Bool[Tensor, "b 1 1 m"]
 SHORT = 2**16  # scores a head
 TILE = 512  # rows of scores that stay in the cache
@@ -58,23 +56,18 @@ def _tiled(q: Heads, k: Heads, v: Heads) -> Heads:
     A row of ones below the values sums what they are weighed with, and powers of two need no maximum taken from them
     first. Where they do not fit the numbers' range after all, the tile is done again by a softmax.
     """
-
-    def times(x: Tensor, y: Tensor) -> Tensor:
-        answer: Tensor = torch.ops.mkldnn._linear_pointwise(x, y, None, "none", [], "")
-        return answer
-
     out, q = torch.empty_like(q), (q * (q.shape[-1] ** -0.5 * math.log2(math.e))).contiguous()
     k, v = k.contiguous(), F.pad(v, (0, 1), value=1.0).transpose(-1, -2).contiguous()
-    for index in product(range(q.shape[0]), range(q.shape[1])):
+    for index in pairs(range(q.shape[0]), range(q.shape[1])):
         keys, values = k[index], v[index]
         for rows, answer in zip(q[index].split(TILE), out[index].split(TILE), strict=True):
-            sums = times(times(rows, keys).exp2_(), values)
+            sums = product(product(rows, keys).exp2_(), values)
             weight = sums[:, -1:]
             if float(weight.min()) > FEWEST and float(weight.max()) < 1 / FEWEST:
                 torch.div(sums[:, :-1], weight, out=answer)
             else:
-                scores = times(rows, keys) * math.log(2)
-                answer.copy_(times(scores.softmax(-1), values[:-1]))
+                scores = product(rows, keys) * math.log(2)
+                answer.copy_(product(scores.softmax(-1), values[:-1]))
     return out
 
 
@@ -94,7 +87,7 @@ def xformers(q: Heads, k: Heads, v: Heads, mask: Mask | None = None) -> Heads:
 
 
 def sliced(q: Heads, k: Heads, v: Heads, mask: Mask | None = None) -> Heads:
-    """By torch's kernel, TILE queries at a time: where it must hold scores, it holds no more than theirs."""
+    """torch's kernel for TILE queries at a time: where it must hold scores, it holds no more than theirs."""
     return torch.cat([fused(rows, k, v, mask) for rows in q.split(TILE, dim=2)], dim=2)
 
 
@@ -104,8 +97,7 @@ ATTENTIONS: dict[str, Callable[..., Tensor]] = {"auto": attend, "sdpa": fused, "
 def use_attention(network: nn.Module, name: str) -> None:
     """Let every Attention of a network compute in one of these ways. UserError for one that is not, or not here."""
     if name not in ATTENTIONS:
-        known = ", ".join(ATTENTIONS)
-        raise UserError(f"unknown attention {name!r}{nearest(name, list(ATTENTIONS))}: choose one of {known}")
+        raise unknown("attention", name, ATTENTIONS)
     if name == "xformers":
         try:
             import_module("xformers.ops")

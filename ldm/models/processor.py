@@ -4,6 +4,9 @@ from functools import cache
 from pathlib import Path
 
 import torch
+from torch import Tensor
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def native_bf16(device: torch.device) -> bool:
@@ -26,10 +29,24 @@ def slow_blas() -> bool:
 @cache
 def multiplies(dtype: torch.dtype) -> bool:
     """Whether oneDNN multiplies numbers of a type on this CPU: fp32 everywhere, halves by instructions of their own."""
-    if dtype not in (torch.float32, torch.bfloat16, torch.float16) or not torch.backends.mkldnn.is_available():
+    if dtype not in FLOATS or not torch.backends.mkldnn.is_available():
         return False
     asked = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
     return dtype == torch.float32 or bool(getattr(torch.ops.mkldnn, asked[dtype])())
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x @ weight^T + bias by oneDNN, of x (..., d)."""
+    answer: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return answer
+
+
+def by_hand(x: Tensor, weight: Tensor, device: str, *dtypes: torch.dtype) -> bool:
+    """Whether a kernel may be called by name: for that device and dtypes, without gradients, outside the compiler."""
+    if weight.device.type != device or x.dtype != weight.dtype or x.dtype not in dtypes:
+        return False
+    wanted = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    return not (wanted or torch.compiler.is_compiling())
 
 
 def slow_fp16() -> bool:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ldm.errors import UserError
 from ldm.models.attention import Attention, FeedForward, TransformerBlock, use_attention
 from ldm.models.layers import Features, Upsample
-from ldm.models.processor import multiplies, native_bf16, slow_blas, slow_fp16
+from ldm.models.processor import FLOATS, by_hand, multiplies, native_bf16, product, slow_blas, slow_fp16
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # glibc's malloc.h
 WORTH_A_CALL = 2**14  # weights
@@ -44,13 +44,6 @@ def keep_memory() -> bool:
     return bool(mallopt(M_MMAP_MAX, 0) and mallopt(M_TRIM_THRESHOLD, 2**31 - 1))
 
 
-def _by_hand(x: Tensor, weight: Tensor, *dtypes: torch.dtype) -> bool:
-    """Whether oneDNN may be called by name: on a CPU, without gradients, outside the compiler."""
-    if weight.device.type != "cpu" or x.dtype != weight.dtype or x.dtype not in dtypes or torch.compiler.is_compiling():
-        return False
-    return not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
-
-
 def _laid_out(module: nn.Module, weight: Tensor, lay_out: Callable[[Tensor], Any]) -> Any:
     """A weight in another layout, made once, and anew where an adapter has changed it or put another in its place."""
     state = (weight.data_ptr(), weight._version)
@@ -65,12 +58,7 @@ _LAID_OUT: WeakKeyDictionary[nn.Module, tuple[ref[Tensor], tuple[int, int], Any]
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x @ weight^T + bias by oneDNN, of x (..., d). In fp16 by way of fp32 where that is faster."""
-
-    def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        answer: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-        return answer
-
+    """`product`, in fp16 by way of fp32 where that is faster."""
     if weight.dtype != torch.float16 or not slow_fp16():
         return product(x, weight, bias)
     out, x, bias = x.new_empty((*x.shape[:-1], len(weight))), x.float(), None if bias is None else bias.float()
@@ -104,7 +92,7 @@ class Direct(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """As nn.Linear's, and by it where gradients are wanted."""
         slow = slow_fp16 if x.dtype == torch.float16 else slow_blas
-        if not _by_hand(x, self.weight, torch.float32, torch.float16) or not slow():
+        if not by_hand(x, self.weight, "cpu", torch.float32, torch.float16) or not slow():
             return super().forward(x)
         return _product(x, self.weight, self.bias)
 
@@ -117,7 +105,7 @@ class Unrolled(nn.Conv2d):
 
     def forward(self, x: Features) -> Features:
         """As nn.Conv2d's, and by it where gradients are wanted."""
-        if not _by_hand(x, self.weight, torch.float32, torch.bfloat16, torch.float16):
+        if not by_hand(x, self.weight, "cpu", *FLOATS):
             return super().forward(x)
         (height, width), (down, across) = self.kernel_size, self.stride
         wide, weight = x.dtype == torch.float16 and slow_fp16(), self.weight.permute(0, 2, 3, 1)
@@ -144,7 +132,7 @@ class Joined(nn.MultiheadAttention):
     ) -> tuple[Tensor, Tensor | None]:
         """As nn.MultiheadAttention's, and by it where anything else is wanted, or gradients."""
         weight, same = self.in_proj_weight, query is key is value and given == {"need_weights": False}
-        if not (same and slow_fp16() and self.batch_first and _by_hand(query, weight, torch.float16)):
+        if not (same and slow_fp16() and self.batch_first and by_hand(query, weight, "cpu", torch.float16)):
             return super().forward(query, key, value, attn_mask=attn_mask, **given)
         joined = _product(query, weight, self.in_proj_bias).float().unflatten(2, (3, self.num_heads, -1))
         mask = None if attn_mask is None else attn_mask.float()
@@ -159,12 +147,11 @@ class Fused(FeedForward):
     def forward(self, x: Tensor) -> Tensor:
         """As FeedForward's, and by it where gradients are wanted or an adapter has wrapped the layer."""
         expand = self.expand
-        if type(expand) not in (nn.Linear, Direct) or not _by_hand(x, expand.weight, torch.bfloat16):
+        if type(expand) not in (nn.Linear, Direct) or not by_hand(x, expand.weight, "cpu", torch.bfloat16):
             return super().forward(x)
-        product = torch.ops.mkldnn._linear_pointwise
         (value, gate), (value_bias, gate_bias) = expand.weight.chunk(2), expand.bias.chunk(2)
-        gated: Tensor = product(x, gate, gate_bias, "gelu", [], "none")
-        return self.reduce(gated.mul_(product(x, value, value_bias, "none", [], "")))
+        gated: Tensor = torch.ops.mkldnn._linear_pointwise(x, gate, gate_bias, "gelu", [], "none")
+        return self.reduce(gated.mul_(product(x, value, value_bias)))
 
 
 class Phased(Upsample):
@@ -177,7 +164,7 @@ class Phased(Upsample):
         """As Upsample's, and by it where gradients are wanted, an adapter has wrapped the layer, or x is small."""
         conv, (b, _, h, w) = self.conv, x.shape
         plain = type(conv) not in (nn.Conv2d, Unrolled) or conv.weight.is_inference() or h * w < WORTH_PHASES
-        if plain or not _by_hand(x, conv.weight, torch.float32, torch.bfloat16):
+        if plain or not by_hand(x, conv.weight, "cpu", torch.float32, torch.bfloat16):
             return super().forward(x)
         out = torch.empty((b, conv.out_channels, 2 * h, 2 * w), dtype=x.dtype, memory_format=torch.channels_last)
         for index, kernel in enumerate(_laid_out(self, conv.weight, _phases)):

@@ -8,14 +8,13 @@ from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from ldm.models.autoencoder import Autoencoder, Gaussian
 from ldm.models.layers import Downsample, Features, ResBlock, Upsample
 from ldm.shapes import Image, Latent
 
 ROWS = 64
-Affine = tuple[Tensor, Tensor]
 
 
 @torch.no_grad()
@@ -29,8 +28,8 @@ def decode(autoencoder: Autoencoder, latent: Latent, rows: int = ROWS) -> Image:
         for block in stage.blocks:  # type: ignore[union-attr]
             h = _res(block, h, rows)
         if isinstance(stage.resample, Upsample):
-            h = _up(stage.resample, h, rows)
-    return F.pixel_shuffle(_tail(decoder.norm_out, decoder.conv_out, h, rows), decoder.patch)
+            h = _striped(h, stage.resample, rows, scale=2)
+    return F.pixel_shuffle(_normed(decoder.norm_out, decoder.conv_out, h, rows), decoder.patch)
 
 
 @torch.no_grad()
@@ -43,8 +42,7 @@ def encode(autoencoder: Autoencoder, image: Image, rows: int = ROWS) -> Gaussian
             h = _res(block, h, rows)
         if isinstance(stage.resample, Downsample):
             h = _down(stage.resample, h, rows)
-    moments = encoder.moments(_tail(encoder.norm_out, encoder.conv_out, encoder.mid(h), rows))
-    return autoencoder.latents(moments)
+    return autoencoder.latents(encoder.moments(_normed(encoder.norm_out, encoder.conv_out, encoder.mid(h), rows)))
 
 
 def _spans(height: int, rows: int) -> Iterator[tuple[int, int]]:
@@ -52,8 +50,23 @@ def _spans(height: int, rows: int) -> Iterator[tuple[int, int]]:
         yield top, min(top + rows, height)
 
 
-def _affine(norm: nn.GroupNorm, x: Features, rows: int) -> Affine:
-    """What a group norm multiplies each channel with and adds to it, from the statistics of the whole map."""
+def _striped(
+    x: Features, work: Callable[[Features], Features], rows: int, *, scale: int = 1, into: Features | None = None
+) -> Features:
+    """What `work`, which ends in a 3 x 3 convolution, makes of a map. into: where it goes, which may be x itself."""
+    above, height = x[:, :, :0], x.shape[2]
+    for top, end in _spans(height, rows):
+        part = torch.cat([above, x[:, :, top : end + 1]], dim=2)
+        out = work(part)[:, :, above.shape[2] * scale :][:, :, : (end - top) * scale]
+        above = x[:, :, end - 1 : end].clone()  # the next stripe still asks for it
+        into = x.new_empty((*out.shape[:2], height * scale, out.shape[3])) if into is None else into
+        into[:, :, top * scale : end * scale] = out
+    assert into is not None
+    return into
+
+
+def _normed(norm: nn.GroupNorm, conv: nn.Conv2d, x: Features, rows: int, into: Features | None = None) -> Features:
+    """conv(silu(norm(x))), the norm by the statistics of the whole map."""
     b, channels, height, width = x.shape
     total = torch.zeros((2, b, norm.num_groups), dtype=torch.float64, device=x.device)
     for top, end in _spans(height, rows):
@@ -63,43 +76,17 @@ def _affine(norm: nn.GroupNorm, x: Features, rows: int) -> Affine:
     inverse = (square - mean**2 + norm.eps).rsqrt()
     mean, inverse = (each.repeat_interleave(channels // norm.num_groups, 1).float() for each in (mean, inverse))
     scale = inverse * norm.weight.float()
-    return scale[:, :, None, None], (norm.bias.float() - mean * scale)[:, :, None, None]
-
-
-def _normed(x: Features, affine: Affine) -> Features:
-    return F.silu((x.float() * affine[0] + affine[1]).to(x.dtype))
-
-
-def _across(x: Features, top: int, end: int, work: Callable[[Features], Features], scale: int = 1) -> Features:
-    """A 3 x 3 convolution's output for rows top to end; work takes a row more on each side where there is one."""
-    first, last = max(top - 1, 0), min(end + 1, x.shape[2])
-    out = work(x[:, :, first:last])
-    return out[:, :, (top - first) * scale : out.shape[2] - (last - end) * scale]
+    scale, shift = (each[:, :, None, None] for each in (scale, norm.bias.float() - mean * scale))
+    return _striped(x, lambda part: conv(F.silu((part.float() * scale + shift).to(x.dtype))), rows, into=into)
 
 
 def _res(block: ResBlock, x: Features, rows: int) -> Features:
-    first = _affine(block.norm1, x, rows)
-    h = x.new_empty((x.shape[0], block.conv1.out_channels, *x.shape[2:]))
+    h = _normed(block.norm1, block.conv1, x, rows)
+    h = _normed(block.norm2, block.conv2, h, rows, into=h)
     for top, end in _spans(x.shape[2], rows):
-        h[:, :, top:end] = _across(x, top, end, lambda part: block.conv1(_normed(part, first)))
-    second = _affine(block.norm2, h, rows)
-    above = h[:, :, :0]
-    for top, end in _spans(x.shape[2], rows):  # in place: the row that the next stripe still asks for is put aside
-        last = min(end + 1, x.shape[2])
-        part = torch.cat([above, h[:, :, top:last]], dim=2)
-        above = h[:, :, end - 1 : end].clone()
-        out = block.conv2(_normed(part, second))[:, :, part.shape[2] - (last - top) :][:, :, : end - top]
-        whole = x[:, :, top:end]
-        h[:, :, top:end] = out + (whole if block.skip is None else block.skip(whole))
+        part = x[:, :, top:end]
+        h[:, :, top:end] += part if block.skip is None else block.skip(part)
     return h
-
-
-def _up(up: Upsample, x: Features, rows: int) -> Features:
-    b, channels, height, width = x.shape
-    out = x.new_empty((b, channels, 2 * height, 2 * width))
-    for top, end in _spans(height, rows):
-        out[:, :, 2 * top : 2 * end] = _across(x, top, end, up, scale=2)
-    return out
 
 
 def _down(down: Downsample, x: Features, rows: int) -> Features:
@@ -109,9 +96,3 @@ def _down(down: Downsample, x: Features, rows: int) -> Features:
         part = F.pad(x[:, :, 2 * top : 2 * end + 1], (0, 1, 0, int(2 * end == height)))
         out[:, :, top:end] = down.conv(part)
     return out
-
-
-def _tail(norm: nn.GroupNorm, conv: nn.Conv2d, x: Features, rows: int) -> Features:
-    affine = _affine(norm, x, rows)
-    spans = _spans(x.shape[2], rows)
-    return torch.cat([_across(x, top, end, lambda part: conv(_normed(part, affine))) for top, end in spans], dim=2)
