@@ -138,7 +138,7 @@ class ShardDataset:
     def row(self, row: int, x: float = 0.5, y: float = 0.5) -> View:
         """The sample of a number over all shards. Damaged where it cannot be read."""
         run = self._run(row)
-        sample = self.shards.sample(run.shard, row - self._first(run.shard))
+        sample = self.shards.sample(run.shard, row - int(self.shards.ends[run.shard]) + self.shards.counts[run.shard])
         columns = sample.columns()
         captions = sample.captions(columns, self.columns[self.shards.sources[run.shard]])
         try:
@@ -181,8 +181,8 @@ class ShardDataset:
                 raise
             first = str(error)
         problems.append(first)
-        run = self._run(row)
-        alike = self._alike[self.shards.sources[run.shard], run.size]
+        run, sources = self._run(row), self.shards.sources
+        alike = [one for one in self.runs if (sources[one.shard], one.size) == (sources[run.shard], run.size)]
         place, inside = alike.index(run), row - run.first
         for attempt in range(1, _TRIES):
             around, turn = divmod(place + attempt, len(alike))
@@ -193,31 +193,13 @@ class ShardDataset:
                 continue
         raise Damaged(f"{first}, and none of {_TRIES} others can stand in for it")
 
-    def _first(self, shard: int) -> int:
-        return int(self.shards.ends[shard]) - self.shards.counts[shard]
-
     @cached_property
     def runs(self) -> list[Run]:
         """What stands behind what: shards, or where they have buckets, the parts of one size."""
-        if self.config.buckets:
-            found = self.shards.runs()
-        else:
-            found = [Run(s, "", self._first(s), count) for s, count in enumerate(self.shards.counts)]
-        return [run for run in found if run.samples]
-
-    @cached_property
-    def _alike(self) -> dict[tuple[int, str], list[Run]]:
-        found: dict[tuple[int, str], list[Run]] = {}
-        for run in self.runs:
-            found.setdefault((self.shards.sources[run.shard], run.size), []).append(run)
-        return found
-
-    @cached_property
-    def _firsts(self) -> list[int]:
-        return [run.first for run in self.runs]
+        return [run for run in self.shards.runs(self.config.buckets) if run.samples]
 
     def _run(self, row: int) -> Run:
-        return self.runs[bisect.bisect_right(self._firsts, row) - 1]
+        return self.runs[bisect.bisect_right(self.runs, row, key=lambda run: run.first) - 1]
 
 
 def open_dataset(config: DataConfig, tokenize: Tokenize | None = None, *, batch: int = 1) -> ShardDataset:

@@ -4,27 +4,16 @@ Both are computed, as `order` is: which part a batch or a sample is taken from f
 every part is an endless stream of its own, so that each of its samples comes once in each of its own epochs.
 """
 
-import functools
 from collections.abc import Sequence
 from fractions import Fraction
 from math import lcm
-from typing import Protocol, runtime_checkable
 
 import numpy as np
 
-from ldm.data.order import Ints, Order, uniforms
+from ldm.data.order import Ints, Order, Recent, uniforms
 from ldm.errors import UserError
 
 _PERIOD = 10_000  # slots after which a mixture repeats, at most
-
-
-@runtime_checkable
-class Rows(Protocol):
-    """An endless stream: the sample at each position. `len` is an epoch."""
-
-    def __len__(self) -> int: ...
-    def rows(self, positions: Ints) -> Ints: ...
-    def end(self, epochs: int) -> int: ...
 
 
 class Buckets:
@@ -37,10 +26,7 @@ class Buckets:
     def __init__(self, orders: Sequence[Order], batch: int, seed: int) -> None:
         self.orders, self.batch, self.seed = list(orders), batch, seed
         self.sizes = np.array([len(order) for order in orders], np.int64)
-        self._epoch = functools.lru_cache(2)(self._merged)
-
-    def __reduce__(self) -> tuple[type["Buckets"], tuple[list[Order], int, int]]:
-        return Buckets, (self.orders, self.batch, self.seed)
+        self._epoch = Recent(self._merged, 2)
 
     def __len__(self) -> int:
         return int(self.sizes.sum())
@@ -93,7 +79,7 @@ class Mixture:
     A slot is one position, or with unit=n a batch of n. Every stream runs through its own epochs.
     """
 
-    def __init__(self, streams: Sequence[Rows], weights: Sequence[int], unit: int = 1) -> None:
+    def __init__(self, streams: Sequence[Order | Buckets], weights: Sequence[int], unit: int = 1) -> None:
         self.streams, self.weights, self.unit = list(streams), list(weights), unit
         self._which = turns(weights)
         self._places = [np.flatnonzero(self._which == k) for k in range(len(weights))]
@@ -123,6 +109,9 @@ class Mixture:
                 turn = rounds[here] * self.weights[k] + self._turn[places[here]]
                 rows[here] = stream.rows(turn * self.unit + inside[here])
         return rows
+
+
+Rows = Order | Buckets | Mixture  # an endless stream: the sample at each position; `len` is an epoch
 
 
 def turns(weights: Sequence[int]) -> Ints:

@@ -2,23 +2,36 @@
 
 Position p lies in epoch p // n. There the shards are permuted, dealt to a fixed number of virtual readers, and each
 reader's samples are shuffled: fully inside a shard, and by at most `window` places along the reader's stream. The
-readers then take turns. All of it follows from (seed, epoch) and the shards' counts, so that resuming needs one
-integer, and any number of ranks and workers sees the same stream. Any part of an epoch is worked out alone: a billion
-samples cost what the shuffle windows hold, and eight bytes a shard.
+readers then take turns. All follows from (seed, epoch) and the shards' counts: resuming needs one integer, and any
+number of ranks and workers sees the same stream. Any part of an epoch is worked out alone, for what the windows hold.
 """
 
 import bisect
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 Ints = NDArray[np.int64]
+Made = TypeVar("Made")
 READERS = 64  # so many shards a batch mixes
 WINDOW = 4096
 _STEP = np.uint64(0x9E3779B97F4A7C15)  # 2**64 / golden ratio
+
+
+class Recent(Generic[Made]):
+    """A method that keeps what it returned for the `size` arguments asked for last; a pickled copy begins anew."""
+
+    def __init__(self, method: Callable[..., Made], size: int) -> None:
+        self._from, self._call = (method, size), functools.lru_cache(size)(method)
+
+    def __call__(self, *key: int) -> Made:
+        return self._call(*key)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Recent, self._from
 
 
 class Reader(NamedTuple):
@@ -54,14 +67,7 @@ class Order:
         if not self.length:
             raise ValueError("an order needs at least one sample")
         self._size = readers * max(window, 1024)  # rows worked out at a time: few enough to keep, many enough to pay
-
-    @functools.cached_property
-    def _dealt(self) -> Callable[[int], list[Reader]]:
-        return functools.lru_cache(2)(self._deal)  # a batch may span two epochs
-
-    @functools.cached_property
-    def _block(self) -> Callable[[int, int], Ints]:
-        return functools.lru_cache(3)(self._shuffled)
+        self._dealt, self._block = Recent(self._deal, 2), Recent(self._shuffled, 3)  # a batch may span two epochs
 
     def __len__(self) -> int:
         """The samples of an epoch."""
@@ -70,9 +76,6 @@ class Order:
     def end(self, epochs: int) -> int:
         """The position at which so many epochs are over."""
         return epochs * self.length
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name not in ("_dealt", "_block")}
 
     def rows(self, positions: Ints) -> Ints:
         """The sample at each position, numbered from 0 over all the shards in their given order."""
@@ -114,14 +117,12 @@ class Order:
         if start >= stop:
             return np.empty(0, np.int64)
         low, high = max(0, start - 2 * self.window), min(len(reader), stop + 2 * self.window)
-        touched = range(
-            int(np.searchsorted(reader.starts, low, "right")) - 1, int(np.searchsorted(reader.starts, high))
-        )
+        first, last = int(np.searchsorted(reader.starts, low, "right")) - 1, int(np.searchsorted(reader.starts, high))
         parts = [
             _permutation(int(self.counts[s]), self.seed, epoch, number, s + 1) + self.firsts[s]
-            for s in reader.shards[touched.start : touched.stop].tolist()
+            for s in reader.shards[first:last].tolist()
         ]
-        offset = int(reader.starts[touched.start])
+        offset = int(reader.starts[first])
         rows = np.concatenate(parts)[low - offset : high - offset]
         bits = np.random.PCG64([self.seed, epoch, number]).advance(low).random_raw(high - low) >> np.uint64(11)
         ranks = np.argsort(np.arange(low, high) + bits * (self.window / 2**53), kind="stable")

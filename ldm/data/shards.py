@@ -6,11 +6,11 @@ known but what it says itself.
 """
 
 import dataclasses
-import functools
+import hashlib
 import json
 import tarfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -18,8 +18,9 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 
 from ldm.data import tars
+from ldm.data.order import Recent
 from ldm.data.remote import Cache, fetch_small, place, reaching, sizes
-from ldm.data.tars import IMAGES, Damaged, Index, load_index, scan
+from ldm.data.tars import IMAGES, RECORD, Damaged, Index, load_index, scan
 from ldm.errors import UserError
 from ldm.files import replacing, sha256, write_json
 
@@ -153,22 +154,25 @@ def _in_folder(folder: str) -> list[str]:
 def write_shard(path: Path, samples: Iterable[tuple[str, Mapping[str, bytes]]]) -> Entry:
     """Write (key, {extension: bytes}) samples as a tar, and its index. Both are whole or not there at all, and their
     bytes depend on nothing else."""
-    count = 0
+    places: list[tuple[int, int, bytes]] = []
     with replacing(path) as temporary:
         with temporary.open("wb") as tar:
             for key, members in samples:
-                count += 1
+                sample, end = bytearray(), 0
                 for extension, data in members.items():
                     header = tarfile.TarInfo(f"{key}.{extension}")
                     header.size = len(data)
-                    tar.write(header.tobuf(tarfile.USTAR_FORMAT) + data + bytes(-len(data) % tarfile.BLOCKSIZE))
+                    end = len(sample) + tarfile.BLOCKSIZE + len(data)
+                    sample += header.tobuf(tarfile.USTAR_FORMAT) + data + bytes(-len(data) % tarfile.BLOCKSIZE)
+                places.append((tar.tell(), end, hashlib.sha256(memoryview(sample)[:end]).digest()))
+                tar.write(sample)
             end = tar.tell() + 2 * tarfile.BLOCKSIZE
             tar.write(bytes(2 * tarfile.BLOCKSIZE + -end % tarfile.RECORDSIZE))
         size, digest = temporary.stat().st_size, sha256(temporary)
-        with replacing(path.with_suffix(".idx")) as index:
-            index.write_bytes(scan(temporary, hashed=True)[1].tobytes())
-            indexed = sha256(index)
-    return Entry(path.name, count, size, digest, indexed)
+        index = np.array(places, RECORD).tobytes()
+        with replacing(path.with_suffix(".idx")) as beside:
+            beside.write_bytes(index)
+    return Entry(path.name, len(places), size, digest, hashlib.sha256(index).hexdigest())
 
 
 def write_manifest(folder: Path, entries: Sequence[Entry]) -> None:
@@ -205,15 +209,25 @@ class Shards:
     def __init__(self, *patterns: str, tolerate: float = 0.0, cache: Cache | None = None, listed: bool = True) -> None:
         self.cache, self._listed = cache, listed
         self.versions: dict[Place, str] = {}
+        self._opened = Recent(self._open, _OPEN_SHARDS)  # files stay in the process that opened them
         found = [expand(pattern) for pattern in patterns]
         self.paths = [path for paths in found for path in paths]
         self.sources = [source for source, paths in enumerate(found) for _ in paths]
-        broken: list[tuple[int, str]] = []
-        self.entries = [self._entry(*found, broken) for found in zip(self.paths, self._sizes(), strict=True)]
+        sizes, folders = self._sizes(), [str(path).rpartition("/")[0] or "." for path in self.paths]
+        manifests = {folder: read_manifest(folder) for folder in set(folders)}
+        self.entries = [
+            manifests[folder].get(Path(path).name) or self._looked_into(path, size)
+            for path, size, folder in zip(self.paths, sizes, folders, strict=True)
+        ]
         self.counts = [entry.samples for entry in self.entries]
         self.ends = np.cumsum(self.counts)
-        if sum(count for count, _ in broken) > tolerate * sum(self.counts):
-            raise Damaged(broken[0][1])
+        known = zip(self.paths, sizes, self.entries, strict=True)
+        wrong = [(path, size, entry) for path, size, entry in known if size not in (-1, entry.bytes)]
+        if sum(entry.samples for _, _, entry in wrong) > tolerate * sum(self.counts):
+            path, size, entry = wrong[0]
+            raise Damaged(
+                f"shard {str(path)!r} has {size} bytes, its manifest says {entry.bytes}: copy or prepare it again"
+            )
         if not sum(self.counts):
             raise UserError(f"shards {'::'.join(patterns)!r} hold no samples: prepare the data again")
 
@@ -228,34 +242,21 @@ class Shards:
             raise UserError(f"shard {str(missing[0])!r} is not there ({len(missing)} of {len(self.paths)} missing)")
         return [size or 0 for size in found]
 
-    def _entry(self, path: Place, size: int, broken: list[tuple[int, str]]) -> Entry:
-        folder, _, name = str(path).rpartition("/")
-        known = _manifest(folder or ".").get(name)
-        if known is None:
-            if isinstance(path, str) and self._listed:
+    def _looked_into(self, path: Place, size: int) -> Entry:
+        """What a shard says itself, where no manifest does."""
+        if isinstance(path, str):
+            if self._listed:
                 raise UserError(f"shard {path!r} has no {MANIFEST} beside it that names it: remote shards need one")
-            if isinstance(path, str):
-                system, inside = place(path)
-                self.versions[path] = system.ukey(inside)
-            return Entry(name, len(scan(self._copy(path, "", size))[1]), size, "")
-        if size not in (-1, known.bytes):
-            text = f"shard {str(path)!r} has {size} bytes, its manifest says {known.bytes}: copy or prepare it again"
-            broken.append((known.samples, text))
-        return known
-
-    @functools.cached_property
-    def _opened(self) -> Callable[[int], Opened | str]:
-        return functools.lru_cache(_OPEN_SHARDS)(self._open)
-
-    def __getstate__(self) -> dict[str, Any]:  # open files stay in the process that opened them
-        return {key: value for key, value in self.__dict__.items() if key != "_opened"}
+            system, inside = place(path)
+            self.versions[path] = system.ukey(inside)
+        return Entry(Path(path).name, len(scan(self._local(path, "", size))[1]), size, "")
 
     def _open(self, shard: int) -> Opened | str:
         """A shard in use, or what is wrong with it."""
         path, entry = self.paths[shard], self.entries[shard]
         try:
-            local = self._local(shard)
-            index = self._index(shard, local)
+            local = self._local(path, entry.sha256, entry.bytes)
+            index = self._index(path, entry)
             check = index is not None
             if index is None:
                 if entry.sha256 and isinstance(path, Path) and sha256(path) != entry.sha256:
@@ -267,25 +268,18 @@ class Shards:
             return str(error)
         return Opened(local.open("rb") if isinstance(path, Path) else None, index, check)
 
-    def _local(self, shard: int) -> Path:
-        return self._copy(self.paths[shard], self.entries[shard].sha256, self.entries[shard].bytes)
-
-    def _copy(self, path: Place, digest: str, size: int) -> Path:
+    def _local(self, path: Place, digest: str, size: int) -> Path:
         if isinstance(path, Path):
             return path
         assert self.cache  # or it would have been refused
         return self.cache.get(path, digest, size, self.versions.get(path, ""))
 
-    def _index(self, shard: int, local: Path) -> Index | None:
-        path, entry = self.paths[shard], self.entries[shard]
+    def _index(self, path: Place, entry: Entry) -> Index | None:
         if not entry.index:
             return None
-        if isinstance(path, Path):
-            return load_index(path.with_suffix(".idx"), entry.index)
-        assert self.cache
+        beside = path.with_suffix(".idx") if isinstance(path, Path) else f"{path.removesuffix('.tar')}.idx"
         try:
-            url = f"{path.removesuffix('.tar')}.idx"
-            return load_index(self.cache.get(url, entry.index, 44 * entry.samples), entry.index)
+            return load_index(self._local(beside, entry.index, 44 * entry.samples), entry.index)
         except UserError:
             return None  # the shards alone were uploaded
 
@@ -294,33 +288,32 @@ class Shards:
         opened = self._opened(shard)
         if isinstance(opened, str):
             raise Damaged(opened)
-        path, record = self.paths[shard], opened.places[index]
-        with nullcontext(opened.file) if opened.file else self._fetched(shard) as file:
+        path, entry, record = self.paths[shard], self.entries[shard], opened.places[index]
+        with nullcontext(opened.file) if opened.file else self._fetched(path, entry) as file:
             found = tars.read(file.fileno(), record, check=opened.check)
         if found is None:
             raise Damaged(f"sample {index} of shard {str(path)!r} was altered or cut short")
         return Sample(*found, path)
 
-    def _fetched(self, shard: int) -> BinaryIO:
+    def _fetched(self, path: Place, entry: Entry) -> BinaryIO:
         """A remote shard, which other processes may put out of the cache at any time."""
         while True:
-            try:
-                return self._local(shard).open("rb")
-            except FileNotFoundError:
-                continue
+            with suppress(FileNotFoundError):
+                return self._local(path, entry.sha256, entry.bytes).open("rb")
 
     def keys(self, shard: int) -> list[str]:
         """The keys of a shard's samples. Damaged where it is cut short or no tar."""
-        return scan(self._local(shard))[0]
+        entry = self.entries[shard]
+        return scan(self._local(self.paths[shard], entry.sha256, entry.bytes))[0]
 
-    def runs(self) -> list["Run"]:
-        """The samples of one size after another. UserError for a shard that was made without sizes."""
+    def runs(self, buckets: bool = True) -> list["Run"]:
+        """The shards, or with buckets their parts of one size. UserError for a shard that was made without sizes."""
         found = []
         for shard, entry in enumerate(self.entries):
             first = int(self.ends[shard]) - entry.samples
-            if sum(entry.buckets.values()) != entry.samples:
+            if buckets and sum(entry.buckets.values()) != entry.samples:
                 raise UserError(f"shard {str(self.paths[shard])!r} was made without buckets: prepare it with them")
-            for size, count in entry.buckets.items():
+            for size, count in (entry.buckets if buckets else {"": entry.samples}).items():
                 found.append(Run(shard, size, first, count))
                 first += count
         return found
@@ -333,13 +326,3 @@ class Run(NamedTuple):
     size: str
     first: int
     samples: int
-
-
-@functools.lru_cache(64)
-def _manifest_at(folder: str, changed: int) -> dict[str, Entry]:
-    return read_manifest(folder)
-
-
-def _manifest(folder: str) -> dict[str, Entry]:
-    path = Path(folder) / MANIFEST
-    return _manifest_at(folder, path.stat().st_mtime_ns if "://" not in folder and path.is_file() else 0)

@@ -2,7 +2,7 @@
 
 import re
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, Protocol, runtime_checkable
+from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from ldm.data.mixing import Buckets, Mixture, Rows, proportions
 from ldm.data.order import READERS, WINDOW, Ints, Order, uniforms
 from ldm.data.remote import COPIES
-from ldm.data.shards import Shards
+from ldm.data.shards import Run, Shards
 from ldm.errors import UserError
 
 CAPTION, FLIP, CROP_X, CROP_Y = range(4)  # the random numbers of a position, in this order
@@ -71,14 +71,6 @@ def sources(shards: str) -> list[Source]:
     return found
 
 
-@runtime_checkable
-class Stream(Protocol):
-    """Which sample of all those in the shards stands at each position, and the four numbers of its choices."""
-
-    def rows(self, positions: Ints) -> Ints: ...
-    def choices(self, positions: Ints) -> NDArray[np.float64]: ...
-
-
 @dataclass(frozen=True)
 class Shuffled:
     """The endless training stream: shuffled anew in each epoch, with choices keyed by (seed, position)."""
@@ -106,10 +98,13 @@ class InTurn:
         return np.tile([0.0, 1.0, 0.5, 0.5], (len(positions), 1))
 
 
+Stream = Shuffled | InTurn  # which sample stands at each position, and the four numbers of its choices
+
+
 def shuffled(shards: Shards, config: DataConfig, batch: int) -> Shuffled:
     """The training stream of a config; with buckets, `batch` positions in a row have one size."""
     parts = sources(config.shards)
-    first: list[Rows] = [_source(shards, number, config, batch) for number in range(len(parts))]
+    first = [_source(shards, number, config, batch) for number in range(len(parts))]
     if len(parts) == 1:
         return Shuffled(first[0], config.seed)
     weights = proportions([part.weight for part in parts])
@@ -117,23 +112,15 @@ def shuffled(shards: Shards, config: DataConfig, batch: int) -> Shuffled:
 
 
 def _source(shards: Shards, number: int, config: DataConfig, batch: int) -> Order | Buckets:
-    mine = [shard for shard, source in enumerate(shards.sources) if source == number]
-    if not sum(shards.counts[shard] for shard in mine):
+    sizes: dict[str, list[Run]] = {}
+    for run in shards.runs(config.buckets):
+        if shards.sources[run.shard] == number and (run.samples or not config.buckets):
+            sizes.setdefault(run.size, []).append(run)
+    if not any(run.samples for runs in sizes.values() for run in runs):
         raise UserError(f"shards {sources(config.shards)[number].pattern!r} hold no samples: prepare the data again")
-
-    def order(counts: list[int], firsts: list[int], seed: int) -> Order:
-        return Order(counts, seed, readers=config.readers, window=config.window, firsts=np.array(firsts, np.int64))
-
-    seed = config.seed + number
-    if not config.buckets:
-        counts = [shards.counts[shard] for shard in mine]
-        return order(counts, [int(shards.ends[shard]) - shards.counts[shard] for shard in mine], seed)
-    sizes: dict[str, list[tuple[int, int]]] = {}
-    for run in shards.runs():
-        if shards.sources[run.shard] == number and run.samples:
-            sizes.setdefault(run.size, []).append((run.samples, run.first))
-    orders = [
-        order([count for count, _ in sizes[size]], [first for _, first in sizes[size]], seed + 7919 * k)
-        for k, size in enumerate(sorted(sizes))
-    ]
-    return Buckets(orders, batch, seed)
+    orders = []
+    for k, size in enumerate(sorted(sizes)):
+        counts, firsts = [run.samples for run in sizes[size]], np.array([run.first for run in sizes[size]], np.int64)
+        seed = config.seed + number + 7919 * k
+        orders.append(Order(counts, seed, readers=config.readers, window=config.window, firsts=firsts))
+    return Buckets(orders, batch, config.seed + number) if config.buckets else orders[0]

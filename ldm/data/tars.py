@@ -20,8 +20,8 @@ from ldm.errors import UserError
 
 IMAGES = ("webp", "png", "jpg", "jpeg")
 MEMBERS = frozenset((*IMAGES, "txt", "json"))
-_RECORD = np.dtype([("offset", "<u8"), ("length", "<u4"), ("sha256", "V32")])
-Index = NDArray[Any]  # of _RECORD: from a sample's first header to the end of its last member
+RECORD = np.dtype([("offset", "<u8"), ("length", "<u4"), ("sha256", "V32")])
+Index = NDArray[Any]  # of RECORD: from a sample's first header to the end of its last member
 _BLOCK = 512
 
 
@@ -38,11 +38,8 @@ class Member(NamedTuple):
     size: int
 
 
-def scan(path: Path, *, hashed: bool = False) -> tuple[list[str], Index]:
-    """The keys of the samples of a tar file, and where they lie, with their digests if asked for.
-
-    Damaged where it is cut short or no tar.
-    """
+def scan(path: Path) -> tuple[list[str], Index]:
+    """The keys of the samples of a tar file, and where they lie. Damaged where it is cut short or no tar."""
     spans: list[list[int]] = []
     keys: list[str] = []
     for member in _in_file(path):
@@ -53,23 +50,14 @@ def scan(path: Path, *, hashed: bool = False) -> tuple[list[str], Index]:
             spans.append([member.header, 0])
             keys.append(key)
         spans[-1][1] = member.offset + member.size - spans[-1][0]
-    index = np.zeros(len(spans), _RECORD)
-    if spans:
-        index["offset"], index["length"] = np.array(spans).T
-    if hashed:
-        with path.open("rb") as file:
-            for record in index:
-                record["sha256"] = np.void(
-                    _digest(os.pread(file.fileno(), int(record["length"]), int(record["offset"])))
-                )
-    return keys, index
+    return keys, np.array([(offset, length, bytes(32)) for offset, length in spans], RECORD)
 
 
 def read(file: int, record: np.void, *, check: bool) -> tuple[str, dict[str, bytes]] | None:
     """(key, {extension: bytes}) of a sample in an open file. None where it is cut short or, checked, was altered."""
     offset, length, digest = record.item()
     data = os.pread(file, length, offset)
-    if len(data) != length or (check and _digest(data) != digest):
+    if len(data) != length or (check and hashlib.sha256(data).digest() != digest):
         return None
     key, found = "", {}
     try:
@@ -90,7 +78,7 @@ def load_index(path: Path, sha256: str) -> Index | None:
 
 def parse_index(data: bytes) -> Index:
     """The index that an .idx file holds."""
-    return np.frombuffer(data, _RECORD)
+    return np.frombuffer(data, RECORD)
 
 
 def split(name: str) -> tuple[str, str]:
@@ -98,10 +86,6 @@ def split(name: str) -> tuple[str, str]:
     folder, _, base = name.rpartition("/")
     stem, _, extension = base.partition(".")
     return f"{folder}/{stem}" if folder else stem, extension.lower()
-
-
-def _digest(data: bytes) -> bytes:
-    return hashlib.sha256(data).digest()
 
 
 def _in_file(path: Path) -> Iterator[Member]:

@@ -86,6 +86,16 @@ def test_what_is_missing_is_named_at_once(uploaded, tmp_path):
         open_dataset(config(tmp_path, "nosuch://set/00000.tar"))
 
 
+def test_a_manifest_that_was_replaced_is_read_again(uploaded, tmp_path):
+    cache, memory = Cache(tmp_path / "cache", 10**6), fsspec.filesystem("memory")
+    assert Shards("memory://set/00000.tar", cache=cache).counts == [4]
+    entry = write_shard(uploaded / "00000.tar", [("0", {"png": b"x", "txt": b"x"})])
+    write_manifest(uploaded, [entry])
+    for name in ("00000.tar", "00000.idx", "manifest.json"):
+        memory.put(str(uploaded / name), f"/set/{name}")
+    assert Shards("memory://set/00000.tar", cache=cache).counts == [1]
+
+
 def test_an_altered_shard_is_fetched_again_and_then_counted(uploaded, tmp_path, monkeypatch):
     monkeypatch.setattr(remote.time, "sleep", lambda _: None)
     memory = fsspec.filesystem("memory")
