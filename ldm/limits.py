@@ -65,8 +65,7 @@ class Limits:
         _between("variation", r.variation, 0, 1)
         _between("cfg scale", r.cfg_scale, -MAX_SCALE, MAX_SCALE)
         if r.clip_skip is not None:
-            text = self.reader.conditioner.config
-            _between("clip skip", r.clip_skip, 1, min(t.layers for t in (text, text.second or text)))
+            _between("clip skip", r.clip_skip, 1, min(t.layers for t in self.reader.conditioner.config.towers))
         Guidance(r.guidance or "", r.cfg_scale, self.levels(r))
         self._edits(r)
         for name, side in (("width", r.width), ("height", r.height)):

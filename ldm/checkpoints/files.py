@@ -91,6 +91,10 @@ class Tensors(Mapping[str, Tensor]):
         file, inner = self._places[name]
         return file.entries[inner]
 
+    def stored(self) -> list[Entry]:
+        """What the files hold, packed or not."""
+        return [file.entries[inner] for file, inner in self._places.values()]
+
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: self.entry(name).shape for name in self}
 

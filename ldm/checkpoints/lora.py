@@ -7,7 +7,8 @@ kohya's and LyCORIS's names (underscores, alpha), diffusers' and peft's of every
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -23,14 +24,13 @@ from ldm.checkpoints.integrity import FLOATS
 from ldm.checkpoints.keymap import KeyMap, refuse
 from ldm.checkpoints.native import Model, finite
 from ldm.errors import UserError
-from ldm.models.unet import UNet
-from ldm.text.tower import Conditioner
 
 Role = Literal["down", "up", "mid", "alpha", "dora", "magnitude"]
 _NAME = re.compile(
     r"(?P<place>.+?)(?:[._]lora(?:_linear_layer)?[._](?P<half>down|up|mid|A|B)(?:\.\w+)?\.weight"
     r"|\.(?P<other>alpha|dora_scale)|\.(?P<peft>lora_magnitude_vector)(?:\.\w+)*)"
 )
+_NUMBER = re.compile(r"(unet|text_encoder|lora):(\d+)")
 _NUMBERED = re.compile(r"(?P<place>(?:unet|text_encoder|lora):\d+):(?P<half>down|up)")
 _ROLES: dict[str, Role] = {"A": "down", "B": "up", "dora_scale": "dora", "lora_magnitude_vector": "magnitude"}
 # How a name begins, without dots, and the network that it means; the first that fits and is known counts.
@@ -70,11 +70,7 @@ class Injected:
     weight: float
     matched: tuple[str, ...]
     unmatched: tuple[str, ...]
-    handle: adapters.Injected
-
-    def eject(self) -> None:
-        """Take it out; without other LoRAs the model is bit for bit what it was."""
-        self.handle.eject()
+    eject: Callable[[], None]  # takes it out; without other LoRAs the model is bit for bit what it was
 
     def __str__(self) -> str:
         """One line for a person."""
@@ -102,13 +98,10 @@ def read(path: Path) -> Lora:
         if not found:
             raise UserError(f"{str(path)!r} is a folder without {' or '.join(FILES)}")
         path = found[0]
-    with brief():
+    with brief(path):
         file = SafeFile(path)
-        try:
-            pairs, spare = _tensors(file)
-            settings = _settings(file.metadata, path.with_name(PEFT) if path.name == FILES[1] else None)
-        except UserError as error:
-            raise UserError(f"{str(path)!r}: {error}") from None
+        pairs, spare = _tensors(file)
+        settings = _settings(file.metadata, path.with_name(PEFT) if path.name == FILES[1] else None)
     return Lora(folder.name if folder else path.stem, pairs, spare, settings)
 
 
@@ -117,7 +110,7 @@ def inject(model: Model, lora: Lora, weight: float = 1.0) -> Injected:
     found = find(model, lora)
     handle = adapters.inject(model.modules, found.values(), weight)
     unmatched = tuple(name for name in lora.pairs if name not in found) + lora.spare
-    return Injected(lora.name, weight, tuple(found), unmatched, handle)
+    return Injected(lora.name, weight, tuple(found), unmatched, handle.eject)
 
 
 def fuse(model: Model, lora: Lora, weight: float = 1.0) -> tuple[str, ...]:
@@ -156,25 +149,26 @@ def find(model: Model, lora: Lora) -> dict[str, tuple[Place, LowRank]]:
 
 def places(model: Model) -> dict[str, Place]:
     """Every weight that a LoRA can change, by part and foreign name without dots: `unet/down_blocks_0_..._to_q`."""
-    backbone, text = networks(model)
-    maps = [("unet", "backbone.", m) for m in (compvis.unet(backbone, backbone.config), diffusers.unet(backbone))]
-    second = text.config.second
-    # A single tower is asked for by either name: SDXL's refiner has the second alone.
-    towers = [("text_encoder", "tower", text.config)]
-    towers += [("text_encoder_2", "second", second)] if second else [("text_encoder_2", "tower", text.config)]
-    maps += [
-        (part, f"text.{module}.", diffusers.clip(getattr(text, module), config, prefix=prefix))
-        for part, module, config in towers
-        for prefix in ("", "text_model.")
-    ]
-    return {f"{part}/{name.replace('.', '_')}": p for part, ours, keymap in maps for name, p in layers(keymap, ours)}
+    backbone, *_ = model.whole()
+    named = [*parts(model), ("unet", "backbone.", compvis.unet(backbone, backbone.config))]
+    if len(named) == 3:  # a single tower is asked for by either name: SDXL's refiner has the second alone
+        named.append(("text_encoder_2", *named[1][1:]))
+    found = {f"{part}/{name.replace('.', '_')}": p for part, ours, keymap in named for name, p in layers(keymap, ours)}
+    return found | {name.replace("/text_model_", "/"): place for name, place in found.items()}
 
 
-def networks(model: Model) -> tuple[UNet, Conditioner]:
-    """What a LoRA changes. UserError for an autoencoder alone."""
-    if model.backbone is None or model.conditioner is None:
-        raise UserError("this file holds an autoencoder alone: a LoRA needs a whole model")
-    return model.backbone, model.conditioner
+def parts(model: Model) -> list[tuple[str, str, KeyMap]]:
+    """The networks that a LoRA changes, as diffusers calls them: a part, the prefix of our names, and its own names.
+
+    UserError for an autoencoder alone.
+    """
+    backbone, text, config = model.whole()
+    found = [("unet", "backbone.", diffusers.unet(backbone))]
+    for part, module, tower in zip(
+        ("text_encoder", "text_encoder_2"), ("tower", "second"), config.towers, strict=False
+    ):
+        found.append((part, f"text.{module}.", diffusers.clip(getattr(text, module), tower)))
+    return found
 
 
 def layers(keymap: KeyMap, prefix: str) -> Iterable[tuple[str, Place]]:
@@ -214,18 +208,13 @@ def _numbered(names: Iterable[str], known: Mapping[str, Place]) -> dict[str, Pla
         for layer in range(sum(name.endswith("_k_proj") for name in known if name.startswith("text_encoder/encoder")))
         for letter in ("k", "v", "q", "out")
     ]
-    counted: dict[str, list[str]] = {}
-    for name in names:
-        kind, colon, _ = name.partition(":")
-        if colon:
-            counted.setdefault(kind, []).append(name)
+    numbered = [(match[1], int(match[2])) for name in names if (match := _NUMBER.fullmatch(name))]
+    counts = Counter(kind for kind, _ in numbered)
     places = {}
-    for kind, held in counted.items():
-        met = text if kind == "text_encoder" else unet.get(len(held), text if kind == "lora" else [])
-        for name in held:
-            number = int(name.partition(":")[2])
-            if number < len(met):
-                places[name] = known[met[number]]
+    for kind, number in numbered:
+        met = text if kind == "text_encoder" else unet.get(counts[kind], text if kind == "lora" else [])
+        if number < len(met):
+            places[f"{kind}:{number}"] = known[met[number]]
     return places
 
 

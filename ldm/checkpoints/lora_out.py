@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from ldm.adapters.lora import LowRank, Place
-from ldm.checkpoints import diffusers
 from ldm.checkpoints.files import save
-from ldm.checkpoints.lora import layers, networks
+from ldm.checkpoints.lora import layers, parts
 from ldm.checkpoints.native import Model
 
 Layout = Literal["kohya", "diffusers"]
@@ -22,12 +21,7 @@ def targets(model: Model) -> dict[str, Place]:
 
     UserError for an autoencoder alone.
     """
-    backbone, text = networks(model)
-    maps = [("unet.", "backbone.", diffusers.unet(backbone))]
-    maps.append(("text_encoder.", "text.tower.", diffusers.clip(text.tower, text.config)))
-    if text.config.second is not None and text.second is not None:
-        maps.append(("text_encoder_2.", "text.second.", diffusers.clip(text.second, text.config.second)))
-    return {part + name: place for part, ours, keymap in maps for name, place in layers(keymap, ours)}
+    return {f"{part}.{name}": place for part, ours, keymap in parts(model) for name, place in layers(keymap, ours)}
 
 
 def write(

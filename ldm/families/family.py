@@ -2,14 +2,15 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from ldm.checkpoints import compvis, diffusers
 from ldm.checkpoints.keymap import KeyMap, union
 from ldm.checkpoints.native import Model, ModelSpec
 from ldm.errors import UserError
 from ldm.models.autoencoder import Autoencoder
-from ldm.text.tower import TextConfig
+from ldm.models.unet import UNet
+from ldm.text.tower import Conditioner, TextConfig
 
 Layout = Literal["ldm", "diffusers", "compvis"]
 
@@ -65,7 +66,7 @@ class Dialect:
 
 def compvis_map(family: Family, model: Model, dialect: Dialect) -> KeyMap:
     """Names in a single file of the family."""
-    backbone, vae, text = _parts(model)
+    backbone, text, vae = _parts(model)
     parts = [
         compvis.unet(backbone, backbone.config).under("backbone.", "model.diffusion_model."),
         compvis.autoencoder(vae, vae.config).under("autoencoder.", "first_stage_model."),
@@ -82,7 +83,7 @@ def compvis_map(family: Family, model: Model, dialect: Dialect) -> KeyMap:
 
 def diffusers_map(family: Family, model: Model, dialect: dict[str, Dialect]) -> KeyMap:
     """Names in a folder of the family, each behind its part's folder; a dialect for each part that has one."""
-    backbone, vae, text = _parts(model)
+    backbone, text, vae = _parts(model)
     legacy = dialect.get("vae", Dialect()).legacy_attention
     parts = [
         diffusers.unet(backbone).under("backbone.", "unet/"),
@@ -101,12 +102,11 @@ def shown_layers(config: TextConfig) -> int:
     return config.layers - (config.layer - 1 if config.final_norm else 0)
 
 
-def _parts(model: Model) -> tuple[Any, Autoencoder, Any]:
-    if model.backbone is None or model.conditioner is None or not isinstance(model.autoencoder, Autoencoder):
-        raise UserError("this file holds an autoencoder alone: give a whole model")
-    if model.autoencoder.config.codebook:
+def _parts(model: Model) -> tuple[UNet, Conditioner, Autoencoder]:
+    (backbone, text, _), vae = model.whole(), model.autoencoder
+    if not isinstance(vae, Autoencoder) or vae.config.codebook:
         raise UserError("this model's autoencoder has a codebook, which no other layout has words for")
-    return model.backbone, model.autoencoder, model.conditioner
+    return backbone, text, vae
 
 
 def text_of(spec: ModelSpec) -> TextConfig:

@@ -42,7 +42,7 @@ def _lines(source: Source) -> Iterator[str]:
     family = said.title if said else "our own" if spec.text else "an autoencoder alone"
     inpainting = spec.backbone is not None and spec.backbone.in_channels > spec.backbone.out_channels
     yield f"{source.path.name}: {layout[source.layout]}; {family}{', inpainting' if inpainting else ''}"
-    yield _tensors([tensors.entry(name) for name in tensors])
+    yield _tensors(tensors.stored())
     if source.extras:
         yield f"extras: {len(source.extras)} tensors that no network reads, such as {min(source.extras)}"
     if spec.backbone is not None and spec.text is not None:

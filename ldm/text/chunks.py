@@ -83,21 +83,16 @@ def read(
     Weights multiply the states of their tokens, and the mean over a chunk's states is restored (A1111's way). The
     pooled vector is that of the first chunk.
     """
-    config = conditioner.config
     device = conditioner.tower.positional_embedding.device
-    length, end = config.context_length, config.end
     flat = [chunk for text in texts for chunk in text]
-    ids = torch.full((len(flat), length), end if config.pad == "end" else 0)
+    ids = conditioner.tokenizer.ids([[piece.id for piece in chunk] for chunk in flat])
     weights = torch.ones(ids.shape)
-    for row, weight, chunk in zip(ids, weights, flat, strict=True):
-        row[: len(chunk) + 2] = torch.tensor([end - 1, *(piece.id for piece in chunk), end])
+    for weight, chunk in zip(weights, flat, strict=True):
         weight[1 : len(chunk) + 1] = torch.tensor([piece.weight for piece in chunk])
     each = [score for score, text in zip(scores, texts, strict=True) for _ in text]
     with extended(conditioner, embeddings if bool((ids < 0).any()) else ()):
         states = conditioner.encode(ids.to(device), size, scores=each, layer=layer)
-    tokens = _weigh(
-        states.tokens, weights.to(device), [config.width, *([config.second.width] if config.second else [])]
-    )
+    tokens = _weigh(states.tokens, weights.to(device), [tower.width for tower in conditioner.config.towers])
     counts = [len(text) for text in texts]
     if max(counts) == 1:
         return Conditioning(tokens, vector=states.vector)

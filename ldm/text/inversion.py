@@ -38,7 +38,7 @@ def from_tensors(path: Path, tensors: dict[str, Tensor], conditioner: Conditione
         raise UserError(f"{str(path)!r} is no textual inversion: it holds {', '.join(sorted(tensors)[:4])}")
     rows = [v if v is None or v.ndim == 2 else v[None] if v.ndim == 1 else None for v in (vectors, second)]
     widths = [v.shape[1] for v in rows if v is not None]
-    wanted = [config.width] + ([config.second.width] if config.second else [])
+    wanted = [tower.width for tower in config.towers]
     if rows[0] is None or widths != wanted or (rows[1] is not None and len(rows[0]) != len(rows[1])):
         raise UserError(
             f"{str(path)!r} is for a text tower of width {' and '.join(map(str, widths)) or 'unknown'}, "

@@ -65,14 +65,19 @@ class TextConfig:
             raise ValueError("the second tower must read the same tokens as the first, and have no second of its own")
 
     @property
+    def states_width(self) -> int:
+        """Width of the tokens that condition the image."""
+        return sum(tower.width for tower in self.towers)
+
+    @property
     def end(self) -> int:
         """The id of the end token; the start token stands before it, rows that a fine-tuning has added behind it."""
         return min(self.vocab_size, FULL_VOCABULARY) - 1
 
     @property
-    def states_width(self) -> int:
-        """Width of the tokens that condition the image."""
-        return self.width + (self.second.width if self.second else 0)
+    def towers(self) -> "tuple[TextConfig, ...]":
+        """The one or two towers whose states stand side by side."""
+        return (self, self.second) if self.second else (self,)
 
     @property
     def vector_width(self) -> int:
@@ -107,17 +112,17 @@ class Tokenizer:
         """Token ids of a text of any length, without start and end, also where it spells their names."""
         return [token for part in _INSIDE_SPECIAL.split(prompt) for token in self._bpe.encode(part)]
 
-    def __call__(self, prompts: Sequence[str]) -> tuple[TokenIds, list[int]]:
-        """(b, context_length) ids, and how many tokens of each prompt did not fit and were cut off."""
+    def ids(self, texts: Sequence[Sequence[int]]) -> TokenIds:
+        """(b, context_length): tokens between start and end, filled up; what does not fit is cut off."""
         length, end = self.config.context_length, self.config.end
-        ids = torch.full((len(prompts), length), end if self.config.pad == "end" else 0)
-        cut = []
-        for row, prompt in zip(ids, prompts, strict=True):
-            tokens = self.encode(prompt)
-            cut.append(max(0, len(tokens) - (length - 2)))
-            tokens = [end - 1, *tokens[: length - 2], end]
-            row[: len(tokens)] = torch.tensor(tokens)
-        return ids, cut
+        ids = torch.full((len(texts), length), end if self.config.pad == "end" else 0)
+        for row, tokens in zip(ids, texts, strict=True):
+            whole = [end - 1, *tokens[: length - 2], end]
+            row[: len(whole)] = torch.tensor(whole)
+        return ids
+
+    def __call__(self, prompts: Sequence[str]) -> TokenIds:
+        return self.ids([self.encode(prompt) for prompt in prompts])
 
 
 class Conditioner(nn.Module):
@@ -134,8 +139,8 @@ class Conditioner(nn.Module):
         return Tokenizer(self.config)
 
     def tokenize(self, prompts: Sequence[str]) -> TokenIds:
-        """(b, context_length) ids on the CPU; what does not fit is cut (`tokenizer` says how much)."""
-        return self.tokenizer(prompts)[0]
+        """(b, context_length) ids on the CPU; what does not fit is cut."""
+        return self.tokenizer(prompts)
 
     def encode(
         self,

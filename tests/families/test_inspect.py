@@ -5,6 +5,7 @@ import pickle
 import runpy
 import struct
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,10 @@ def test_layouts_are_named(folders: dict[str, Path], tmp_path: Path) -> None:
     convert(folders["sd2"], tmp_path / "ours", "ldm", "fp16")
     assert "our own file; Stable Diffusion 2" in describe(tmp_path / "ours")[0]
     assert "F16" in describe(tmp_path / "ours")[1]
+    convert(folders["sd2"], tmp_path / "packed", "ldm", "int8")
+    said = Counter(entry.dtype for entry in read_header(tmp_path / "packed").entries.values())
+    assert {"I8", "F16", "F32"} == said.keys()  # matrices, the rest, and the scales of the rows
+    assert all(f"{count} {dtype}" in describe(tmp_path / "packed")[1] for dtype, count in said.items())
     save_file(load_file(tmp_path / "single") | {"betas": torch.ones(3)}, tmp_path / "foreign")
     text = "\n".join(describe(tmp_path / "foreign"))
     assert "a single file of CompVis's layout" in text and "guessed" in text and "such as betas" in text

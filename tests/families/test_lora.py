@@ -138,6 +138,12 @@ def test_damaged_files(folders: dict[str, Path], tmp_path: Path) -> None:
     assert 75 < said < 150
 
 
+def test_a_name_with_a_colon_is_no_number(folders: dict[str, Path], tmp_path: Path) -> None:
+    save_file({f"a:b.lora_{half}.weight": torch.ones(2, 2) for half in ("up", "down")}, tmp_path / "a")
+    with pytest.raises(UserError, match="none of its 1 places is known here"):
+        lora.inject(load(folders["sd1"]), lora.read(tmp_path / "a"))
+
+
 def test_parse() -> None:
     assert lora.parse("a/b.safetensors") == (Path("a/b.safetensors"), 1.0)
     assert lora.parse("a/b.safetensors:0.8") == (Path("a/b.safetensors"), 0.8)
