@@ -11,7 +11,7 @@ import os
 import tarfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,9 +40,19 @@ class Member(NamedTuple):
 
 def scan(path: Path) -> tuple[list[str], Index]:
     """The keys of the samples of a tar file, and where they lie. Damaged where it is cut short or no tar."""
+    with path.open("rb") as file:
+        end = os.fstat(file.fileno()).st_size
+        try:
+            members = _members(lambda at: os.pread(file.fileno(), _BLOCK, at), end, lambda: file, checked=True)
+        except tarfile.TarError as error:
+            raise Damaged(f"shard {str(path)!r} is not a whole tar file ({error}): copy it again") from None
+        except EOFError:
+            raise Damaged(f"shard {str(path)!r} is cut short at byte {end}: copy or prepare it again") from None
+        except ValueError as error:
+            raise Damaged(f"shard {str(path)!r} is not a tar file at byte {error}: copy or prepare it again") from None
     spans: list[list[int]] = []
     keys: list[str] = []
-    for member in _in_file(path):
+    for member in members:
         key, extension = split(member.name)
         if extension not in MEMBERS:
             continue
@@ -59,14 +69,16 @@ def read(file: int, record: np.void, *, check: bool) -> tuple[str, dict[str, byt
     data = os.pread(file, length, offset)
     if len(data) != length or (check and hashlib.sha256(data).digest() != digest):
         return None
-    key, found = "", {}
+    end = bytes(-length % _BLOCK + 2 * _BLOCK)  # as a tar has
     try:
-        for member in _in_bytes(data):
-            name, extension = split(member.name)
-            if extension in MEMBERS:
-                key, found[extension] = name, data[member.offset : member.offset + member.size]
+        members = _members(lambda at: data[at : at + _BLOCK], length, lambda: io.BytesIO(data + end), checked=False)
     except (ValueError, EOFError, tarfile.TarError):  # it was scanned, and has changed since
         return None
+    key, found = "", {}
+    for member in members:
+        name, extension = split(member.name)
+        if extension in MEMBERS:
+            key, found[extension] = name, data[member.offset : member.offset + member.size]
     return key, found
 
 
@@ -88,35 +100,13 @@ def split(name: str) -> tuple[str, str]:
     return f"{folder}/{stem}" if folder else stem, extension.lower()
 
 
-def _in_file(path: Path) -> Iterator[Member]:
-    """The files in a tar; tarfile itself takes 20 times as long."""
-    with path.open("rb") as file:
-        end = os.fstat(file.fileno()).st_size
-        try:
-            yield from _walk(lambda at: os.pread(file.fileno(), _BLOCK, at), end, checked=True)
-        except _OtherTar:
-            try:
-                with tarfile.open(path, "r:") as tar:
-                    yield from _members(tar)
-            except tarfile.TarError as error:
-                raise Damaged(f"shard {str(path)!r} is not a whole tar file ({error}): copy it again") from None
-        except EOFError:
-            raise Damaged(f"shard {str(path)!r} is cut short at byte {end}: copy or prepare it again") from None
-        except ValueError as error:
-            raise Damaged(f"shard {str(path)!r} is not a tar file at byte {error}: copy or prepare it again") from None
-
-
-def _in_bytes(data: bytes) -> list[Member]:
+def _members(block: Callable[[int], bytes], end: int, again: Callable[[], BinaryIO], *, checked: bool) -> list[Member]:
+    """The files in a tar; tarfile itself takes 20 times as long. checked: the tar is to be whole."""
     try:
-        return list(_walk(lambda at: data[at : at + _BLOCK], len(data), checked=False))
+        return list(_walk(block, end, checked=checked))
     except _OtherTar:
-        whole = data + bytes(-len(data) % _BLOCK + 2 * _BLOCK)  # as a tar ends
-        with tarfile.open(fileobj=io.BytesIO(whole), mode="r:") as tar:
-            return _members(tar)
-
-
-def _members(tar: tarfile.TarFile) -> list[Member]:
-    return [Member(m.name, m.offset, m.offset_data, m.size) for m in tar if m.isreg() and not m.issparse()]
+        with tarfile.open(fileobj=again(), mode="r:") as tar:
+            return [Member(m.name, m.offset, m.offset_data, m.size) for m in tar if m.isreg() and not m.issparse()]
 
 
 class _OtherTar(Exception):

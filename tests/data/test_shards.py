@@ -85,15 +85,16 @@ def test_tars_of_other_tools(tmp_path, kind):
         folder = tarfile.TarInfo("pictures")
         folder.type = tarfile.DIRTYPE
         tar.addfile(folder)
-        members = {"pictures/a.b.png": b"1", "pictures/a.pyd": b"2", "pictures/a.TXT": b"one", f"{long}.jpg": b"3"}
+        members = {"pictures/a.b.png": b"1", "pictures/a.pyd": b"2", "pictures/a.TXT": b"one"}
+        members |= {"b.png": b"4", f"{long}.jpg": b"3"}
         for name, data in members.items():
             member = tarfile.TarInfo(name)
             member.size = len(data)
             tar.addfile(member, io.BytesIO(data))
-    assert scan(tmp_path / "a.tar")[0] == ["pictures/a", long]
+    assert scan(tmp_path / "a.tar")[0] == ["pictures/a", "b", long]
     shards = Shards(str(tmp_path / "a.tar"))
-    assert [sorted(shards.sample(0, i).members) for i in range(2)] == [["txt"], ["jpg"]]
-    assert shards.sample(0, 1).image == b"3"
+    assert [sorted(shards.sample(0, i).members) for i in range(3)] == [["txt"], ["png"], ["jpg"]]
+    assert shards.sample(0, 2).image == b"3"
     assert Shards(str(tmp_path / "a.tar")).sample(0, 0).about()["captions"] == ["one"]
 
 
