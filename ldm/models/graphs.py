@@ -8,7 +8,6 @@ what was recorded operation by operation; measured on no GPU yet.
 import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from dataclasses import fields
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -28,7 +27,7 @@ WARM_UPS = 3  # as torch advises: libraries choose kernels and take workspaces, 
 def parts(value: Any) -> Iterator[Any]:
     """The tensors of an input in order, and whatever else there is: None, numbers, and the kind of what holds them."""
     if isinstance(value, Conditioning):
-        value = tuple(getattr(value, field.name) for field in fields(value))
+        value = tuple(vars(value).values())
     if isinstance(value, tuple | list):
         yield len(value)
         for inner in value:
@@ -80,8 +79,7 @@ class Recordings:
 
     def __init__(self) -> None:
         self._made: OrderedDict[Any, Recording] = OrderedDict()
-        self._seen: set[Any] = set()
-        self._refused: set[Any] = set()
+        self._seen: dict[Any, bool] = {}  # whether a form may be recorded: not where that failed
         self._state: list[Any] = []
         self._pool: Any = None
 
@@ -89,13 +87,13 @@ class Recordings:
         """forward(*inputs), which is the network's."""
         if (now := state(network)) != self._state:
             self._drop(len(self._made))
-            self._seen, self._refused, self._state = set(), set(), now
+            self._seen, self._state = {}, now
         form = tuple(
             (tuple(p.shape), p.dtype, p.device) if isinstance(p, Tensor) else (type(p), p) for p in parts(inputs)
         )
-        if form in self._seen - self._refused and form not in self._made:
+        if self._seen.get(form) and form not in self._made:
             self._record(form, forward, inputs)
-        self._seen.add(form)
+        self._seen.setdefault(form, True)
         if form not in self._made:
             return forward(*inputs)
         self._made.move_to_end(form)
@@ -110,7 +108,7 @@ class Recordings:
                 self._made[form] = Recording(forward, inputs, self._pool)
         except RuntimeError as error:  # out of memory, or an operation that asks the device for a number
             self._drop(len(self._made))
-            self._refused.add(form)
+            self._seen[form] = False
             sys.stderr.write(f"steps are not replayed as a CUDA graph: {str(error).splitlines()[0][:200]}\n")
 
     def _drop(self, count: int) -> None:

@@ -1,8 +1,8 @@
-"""Kernels for GPUs, in Triton: GroupNorm with SiLU over channels-last maps, and GEGLU. Forward only.
+"""A kernel for GPUs, in Triton: GroupNorm with SiLU over channels-last maps. Forward only.
 
-To import this is to import Triton, so only who uses it does. torch's own forms are the reference, and what runs where
-a gradient is wanted, a map is on another device or a compiler looks on. Tested by Triton's interpreter, and compiled
-for sm_80 and sm_90; measured on no GPU yet.
+To import this is to import Triton, so only who uses it does. torch's own form is the reference, and what runs where a
+gradient is wanted, a map is on another device or a compiler looks on, which fuses the rest (GEGLU) by itself. Tested by
+Triton's interpreter, and compiled for sm_80 and sm_90; measured on no GPU yet.
 """
 
 from functools import cache
@@ -12,11 +12,10 @@ import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
-from jaxtyping import Float
 from torch import Tensor, nn
 
-from ldm.models.attention import FeedForward, Sequence
 from ldm.models.layers import Features, GroupNorm
+from ldm.models.processor import FLOATS, by_hand
 
 DEVICE = "cuda"
 PARTS, PROGRAMS = 64, 256  # parts of a map at most, each with statistics of its own; more where that makes few programs
@@ -102,19 +101,6 @@ def _normalise(
         tl.store(y + place, tile.to(y.dtype.element_ty), mask=seen)
 
 
-@triton.jit
-@no_type_check
-def _gate(x, y, rows, width, ROWS: tl.constexpr, LANES: tl.constexpr):
-    """value * gelu(gate), of rows in which the values stand before the gates."""
-    row, column = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.program_id(1) * LANES + tl.arange(0, LANES)
-    seen = (row < rows)[:, None] & (column < width)[None, :]
-    line = row.to(tl.int64)[:, None] * width
-    value = tl.load(x + 2 * line + column[None, :], mask=seen, other=0).to(tl.float32)
-    gate = tl.load(x + 2 * line + width + column[None, :], mask=seen, other=0).to(tl.float32)
-    gated = value * gate * 0.5 * (1 + tl.math.erf(gate * 0.7071067811865476))
-    tl.store(y + line + column[None, :], gated.to(y.dtype.element_ty), mask=seen)
-
-
 class Blocks(NamedTuple):
     """How a map is shared out: programs of `groups` whole groups, each `lanes` wide, and of one of so many parts."""
 
@@ -155,13 +141,8 @@ def group_norm(x: Features, norm: nn.GroupNorm, *, silu: bool = False) -> Featur
     (b, channels, h, w), y = x.shape, torch.empty_like(x)
     cut = blocks(h * w, channels, norm.num_groups)
     means, squares = torch.empty((2, b, cut.parts, norm.num_groups), dtype=torch.float32, device=x.device)
-    form: dict[str, Any] = {
-        "WIDTH": channels // norm.num_groups,
-        "GROUPS": cut.groups,
-        "ROWS": cut.rows,
-        "LANES": cut.lanes,
-    }
-    form |= {"PADDED": triton.next_power_of_2(cut.groups), "num_warps": cut.warps}
+    form: dict[str, Any] = {"WIDTH": channels // norm.num_groups, "GROUPS": cut.groups, "ROWS": cut.rows}
+    form |= {"LANES": cut.lanes, "PADDED": triton.next_power_of_2(cut.groups), "num_warps": cut.warps}
     grid, given = (cut.parts, triton.cdiv(norm.num_groups, cut.groups), b), (x, means, squares, h * w, channels)
     with torch.cuda.device_of(x):
         _measure[grid](*given, cut.part_size, **form)
@@ -170,23 +151,8 @@ def group_norm(x: Features, norm: nn.GroupNorm, *, silu: bool = False) -> Featur
     return y
 
 
-def geglu(x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b e"]:
-    """value * gelu(gate) of x = [value, gate], the erf form, worked out in fp32; e = d / 2."""
-    x = x.contiguous()
-    width = x.shape[-1] // 2
-    y, rows = x.new_empty((*x.shape[:-1], width)), x.numel() // max(2 * width, 1)
-    lanes = min(512, triton.next_power_of_2(width & -width if width % 64 == 0 else width))
-    tall = max(2048 // lanes, 1)
-    with torch.cuda.device_of(x):
-        _gate[triton.cdiv(rows, tall), triton.cdiv(width, lanes)](x, y, rows, width, ROWS=tall, LANES=lanes)
-    return y
-
-
 def _serves(x: Tensor, weight: Tensor) -> bool:
-    """Whether x is on a GPU, of the layer's own dtype, and nobody wants a gradient or compiles."""
-    if x.device.type != DEVICE or x.dtype != weight.dtype or x.dtype == torch.float64 or torch.compiler.is_compiling():
-        return False
-    return x.numel() > 0 and not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
+    return x.numel() > 0 and by_hand(x, weight, DEVICE, *FLOATS)
 
 
 class FusedNorm(GroupNorm):
@@ -196,22 +162,11 @@ class FusedNorm(GroupNorm):
         return group_norm(x, self) if x.ndim == 4 and _serves(x, self.weight) else super().forward(x)
 
     def activated(self, x: Features) -> Features:
-        """SiLU of the normalised."""
         return group_norm(x, self, silu=True) if _serves(x, self.weight) else F.silu(super().forward(x))
 
 
-class Gated(FeedForward):
-    """A feed-forward layer whose gate is a kernel."""
-
-    def forward(self, x: Sequence) -> Sequence:
-        """As FeedForward's, which torch's compiler fuses by itself."""
-        return self.reduce(geglu(self.expand(x))) if _serves(x, self.reduce.weight) else super().forward(x)
-
-
 def install(network: nn.Module) -> None:
-    """Let a network's norms and gates go by these kernels."""
+    """Let a network's norms go by these kernels."""
     for module in network.modules():
         if type(module) is GroupNorm:
             module.__class__ = FusedNorm
-        elif isinstance(module, FeedForward):
-            module.__class__ = Gated

@@ -21,7 +21,6 @@ ULP = {torch.float32: 2**-23, torch.bfloat16: 2**-7, torch.float16: 2**-10}
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed: requirements-dev.txt")
 if INTERPRETED:
     from ldm.models import kernels
-    from ldm.models.attention import FeedForward
     from ldm.models.layers import GroupNorm, ResBlock
 
 
@@ -76,10 +75,9 @@ for pixels, channels in ((4096, 320), (262144, 128)):
     form |= {"SILU": True, "MERGED": power(cut.parts)}
     maps = {name: "*bf16" for name in ("x", "y", "weight", "bias")}
     check(kernels._normalise, form, cut.warps, **maps, **sums, **ints, eps="fp32")
-check(kernels._gate, {"ROWS": 8, "LANES": 256}, 4, x="*bf16", y="*bf16", rows="i32", width="i32")
 """
     lines = run(sys.executable, "-c", script, interpreted=False).splitlines()
-    assert len(lines) == 10
+    assert len(lines) == 8
     assert all(int(line.split()[-1]) <= 128 for line in lines)  # 128 threads each: 4 such programs a multiprocessor
 
 
@@ -142,47 +140,32 @@ class TestNumbers:
             assert channels >= 0.8 * programs * cut.lanes
             assert cut.groups * channels // 32 % 8 == 0 or programs == 1
 
-    @pytest.mark.parametrize("dtype", ULP, ids=str)
-    @pytest.mark.parametrize("shape", [(2, 9, 80), (3, 5, 7, 60), (4, 2560), (1, 2)])
-    def test_geglu(self, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-        x = (2 * torch.randn(shape, generator=torch.Generator().manual_seed(0))).to(dtype)
-        value, gate = x.double().chunk(2, -1)
-        wanted = value * F.gelu(gate)
-        for given in (x, torch.cat([x, x], -1)[..., : shape[-1]]):
-            got = kernels.geglu(given)
-            assert got.dtype == dtype and got.shape == wanted.shape
-            off = (got.double() - wanted).abs() / wanted.abs().clamp(min=1 if dtype == torch.float32 else 2**-6)
-            assert float(off.max()) < (8 if dtype == torch.float32 else 1.01) * ULP[dtype]
-
     def test_layers_take_them_where_no_gradient_is_wanted(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(kernels, "DEVICE", "cpu")
         called: list[str] = []
-        for name in ("group_norm", "geglu"):
-            plain = getattr(kernels, name)
-            monkeypatch.setattr(
-                kernels,
-                name,
-                lambda *given, name=name, plain=plain, **named: called.append(name) or plain(*given, **named),
-            )
+        plain_norm = kernels.group_norm
+        monkeypatch.setattr(
+            kernels, "group_norm", lambda *given, **named: called.append("") or plain_norm(*given, **named)
+        )
         rng = torch.Generator().manual_seed(0)
-        block, layer = ResBlock(20, 30, groups=2, eps=1e-5), FeedForward(20)
-        fast = copy.deepcopy(torch.nn.ModuleList([block, layer, block.norm1]))
+        block = ResBlock(20, 30, groups=2, eps=1e-5)
+        fast = copy.deepcopy(torch.nn.ModuleList([block, block.norm1]))
         kernels.install(fast)
-        x, y = torch.randn(2, 20, 6, 5, generator=rng), torch.randn(2, 7, 20, generator=rng)
-        pairs = ((fast[0], block, x), (fast[1], layer, y), (fast[2], block.norm1, x))
+        x = torch.randn(2, 20, 6, 5, generator=rng)
+        pairs = ((fast[0], block), (fast[1], block.norm1))
         with torch.no_grad():
-            for mine, plain, value in pairs:
-                torch.testing.assert_close(mine(value), plain(value), rtol=1e-5, atol=1e-5)
-            assert called == ["group_norm", "group_norm", "geglu", "group_norm"]
-            for mine, plain, value in pairs:  # another dtype than the weights': torch's form, and its complaint if any
-                torch.testing.assert_close(copy.deepcopy(mine).double()(value.double()), plain.double()(value.double()))
+            for mine, plain in pairs:
+                torch.testing.assert_close(mine(x), plain(x), rtol=1e-5, atol=1e-5)
+            assert len(called) == 3
+            for mine, plain in pairs:  # another dtype than the weights': torch's form, and its complaint if any
+                torch.testing.assert_close(copy.deepcopy(mine).double()(x.double()), plain.double()(x.double()))
                 plain.float()
-        assert fast.state_dict().keys() == torch.nn.ModuleList([block, layer, block.norm1]).state_dict().keys()
-        for mine, _, value in pairs:
-            mine(value).sum().backward()
-        assert fast[0].norm1.weight.grad is not None and fast[1].expand.weight.grad is not None
+        assert fast.state_dict().keys() == torch.nn.ModuleList([block, block.norm1]).state_dict().keys()
+        for mine, _ in pairs:
+            mine(x).sum().backward()
+        assert fast[0].norm1.weight.grad is not None
         with torch.no_grad():
             monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-            for mine, _, value in pairs:
-                mine(value)
-        assert len(called) == 4
+            for mine, _ in pairs:
+                mine(x)
+        assert len(called) == 3
