@@ -1,15 +1,17 @@
 """Encoded pictures and captions: each is encoded once and then trained on in every epoch.
 
 They lie beside the shards, in a folder whose name follows from model, resolution and transform, or in one that is
-named. `cache.json` there says what they were made with, and each shard has a file of fixed records, which is mapped,
-not read: the mean and deviation of the autoencoder's posterior of each view of each picture in fp16, token ids, SDXL's
-size values, and text states where they were asked for. Each record has its sha256, and is checked when a process first
-reads it. A run that would need other encodings is refused; a shard that has none yet is encoded.
+named. `cache.json` there says what they were made with, and each shard has a file of fixed records, which is mapped:
+the mean and deviation of the autoencoder's posterior of each view of each picture in fp16, token ids, SDXL's size
+values, and text states where asked for. Each record has its sha256, and is checked when a process first reads it. A run
+that would need other encodings is refused; a shard that has none yet is encoded.
 """
 
+import bisect
 import collections
 import functools
 import hashlib
+import itertools
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -24,7 +26,7 @@ from torch import Tensor
 
 from ldm.data.dataset import Batch, ShardDataset, Tokenize, View, loader
 from ldm.data.loader import Limits
-from ldm.data.order import Ints, locate, uniforms
+from ldm.data.order import Ints, Recent, locate, uniforms
 from ldm.data.shards import Entry, Run
 from ldm.data.stream import CAPTION, CROP_X, FLIP, Stream
 from ldm.data.tars import Damaged
@@ -70,15 +72,12 @@ class CachedDataset:
         homes = _homes(dataset, encoders, cache)
         self._paths = [_path(home, entry) for home, entry in zip(homes, dataset.shards.entries, strict=True)]
         self.about, self.where = dataset.about, dataset.where
-        empty = _Records(homes[0] / _EMPTY) if (homes[0] / _EMPTY).is_file() else None
+        empty = Kept(homes[0] / _EMPTY) if (homes[0] / _EMPTY).is_file() else None
         self.empty = {name: empty.record(name, 0)[None] for name in empty.names} if empty else None
+        self._kept = Recent(self._open, _OPEN_FILES)
 
-    @functools.cached_property
-    def _kept(self) -> Callable[[int], "Kept"]:
-        return functools.lru_cache(_OPEN_FILES)(lambda shard: Kept(_Records(self._paths[shard])))
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key != "_kept"}
+    def _open(self, shard: int) -> "Kept":
+        return Kept(self._paths[shard])
 
     def __len__(self) -> int:
         return int(self._ends[-1])
@@ -88,82 +87,78 @@ class CachedDataset:
         places = np.asarray(positions, np.int64)
         rows, choices = self.stream.rows(places), self.stream.choices(places)
         found: dict[str, list[Any]] = collections.defaultdict(list)
-        for shard, index, choice in zip(*locate(self._ends, rows), choices.tolist(), strict=True):
-            part = self._kept(int(shard))
-            crop = int(choice[CROP_X] * part.crops(self._flip)) if self._random else 0
+        shards, indices = locate(self._ends, rows)
+        for shard, index, choice in zip(shards.tolist(), indices.tolist(), choices.tolist(), strict=True):
+            part = self._kept(shard)
+            crop = int(choice[CROP_X] * (part.views // (1 + self._flip))) if self._random else 0
             view = (1 + self._flip) * crop + (self._flip and choice[FLIP] < 0.5)
-            number = part.caption(int(index), choice[CAPTION])
-            found["latents"].append(part.latents(int(index), view))
-            found["size_ids"].append(part.size_ids[index, crop])
-            found["caption"].append(part.text(number))
-            found["key"].append(part.key(int(index)))
-            for name in part.texts:
-                found[name].append(part.records.record(name, number))
-        captions, keys = found.pop("caption"), found.pop("key")
+            number = part.caption(index, choice[CAPTION])
+            found["latents"].append(part.latents(index, view))
+            found["size_ids"].append(part.tensors["size_ids"][index, crop])
+            found["caption"].append(part.text("caption", number))
+            found["key"].append(part.text("key", index))
+            for name in ("tokens", "states", "vector"):
+                if name in part.tensors:
+                    found[name].append(part.record(name, number))
+        texts = Batch(caption=found.pop("caption"), key=found.pop("key"), position=torch.from_numpy(places))
         stacked: Any = {name: torch.from_numpy(np.stack(rows)) for name, rows in found.items()}
         latents, ids = stacked.pop("latents"), stacked.pop("size_ids").long()
-        shown = Batch(mean=latents[:, 0], std=latents[:, 1], size_ids=ids, position=torch.from_numpy(places))
-        return Batch(**shown, **stacked, caption=captions, key=keys)
+        return Batch(**texts, **stacked, mean=latents[:, 0], std=latents[:, 1], size_ids=ids)
 
 
-class _Records:
+class Kept:
     """The tensors of a file, mapped. The small ones are checked at once, the records of the others as they are read."""
 
     def __init__(self, path: Path) -> None:
         from safetensors.torch import load_file
 
-        self._path, self._tensors = path, {name: tensor.numpy() for name, tensor in load_file(path).items()}
-        self.names = [name for name in self._tensors if not name.startswith(_SUMS)]
-        self._seen = {name: np.zeros(self._tensors[name].shape[: _depth(name)], bool) for name in self.names}
-        if _sum_of_rest(self._tensors) != self._tensors[f"{_SUMS}rest"].tobytes():
+        self._path, self.tensors = path, {name: tensor.numpy() for name, tensor in load_file(path).items()}
+        self.names = [name for name in self.tensors if not name.startswith(_SUMS)]
+        self._seen = {name: np.zeros(self.tensors[name].shape[: _depth(name)], bool) for name in self.names}
+        if _sum_of_rest(self.tensors) != self.tensors[f"{_SUMS}rest"].tobytes():
             raise self._altered("what is known of its pictures")
 
     def record(self, name: str, *at: int) -> NDArray[Any]:
         """A row of a tensor; of latents that of a picture and a view. Damaged where it is not what was kept."""
-        found: NDArray[Any] = self._tensors[name][at]
+        found: NDArray[Any] = self.tensors[name][at]
         seen = self._seen[name]
         if seen.ndim and not seen[at]:
-            if hashlib.sha256(found.data).digest() != self._tensors[_SUMS + name][at].tobytes():
+            if hashlib.sha256(found.data).digest() != self.tensors[_SUMS + name][at].tobytes():
                 raise self._altered(f"record {', '.join(map(str, at))} of {name}")
             seen[at] = True
         return found
 
-    def whole(self, name: str) -> NDArray[Any]:
-        """A small tensor."""
-        return self._tensors[name]
-
     def _altered(self, what: str) -> Damaged:
         return Damaged(f"{what} in {str(self._path)!r} was altered: remove the file, it is then made again")
 
+    @functools.cached_property
+    def _ends(self) -> list[int]:
+        """Where each run of pictures of one size ends, whose latents are a tensor of their own."""
+        runs = sum(name.startswith("latents.") for name in self.names)
+        return list(itertools.accumulate(len(self.tensors[f"latents.{k}"]) for k in range(runs)))
 
-class Kept:
-    """The records of one shard."""
+    @functools.cached_property
+    def _firsts(self) -> Ints:
+        return np.cumsum(self.tensors["counts"]) - self.tensors["counts"]
 
-    def __init__(self, records: _Records) -> None:
-        self.records, whole = records, records.whole
-        self._runs = [whole(f"latents.{k}") for k in range(sum(name.startswith("latents.") for name in records.names))]
-        self._ends = np.cumsum([len(run) for run in self._runs])
-        self._counts, self.size_ids = whole("counts"), whole("size_ids")
-        self._firsts = np.cumsum(self._counts) - self._counts
-        self.texts = [name for name in ("tokens", "states", "vector") if name in records.names]
-
-    def crops(self, flip: bool) -> int:
-        return self._runs[0].shape[1] // (2 if flip else 1)
+    @property
+    def views(self) -> int:
+        """Of each picture: its crops, each once more where it is mirrored too."""
+        return int(self.tensors["latents.0"].shape[1])
 
     def latents(self, index: int, view: int) -> NDArray[np.float16]:
         """(2, c, h, w): mean and deviation of a view."""
-        run = int(np.searchsorted(self._ends, index, "right")) if len(self._runs) > 1 else 0
-        return self.records.record(f"latents.{run}", index - int(self._ends[run]) + len(self._runs[run]), view)
+        run = bisect.bisect_right(self._ends, index)
+        return self.record(f"latents.{run}", index - (self._ends[run - 1] if run else 0), view)
 
     def caption(self, index: int, draw: float) -> int:
         """The number of the caption that a draw from [0, 1) chooses for a picture."""
-        return int(self._firsts[index] + int(draw * self._counts[index]))
+        return int(self._firsts[index] + int(draw * self.tensors["counts"][index]))
 
-    def text(self, number: int) -> str:
-        return _cut(self.records.whole("captions"), self.records.whole("caption_ends"), number)
-
-    def key(self, index: int) -> str:
-        return _cut(self.records.whole("keys"), self.records.whole("key_ends"), index)
+    def text(self, name: str, number: int) -> str:
+        """One of the "caption"s or "key"s."""
+        data, ends = self.tensors[f"{name}s"], self.tensors[f"{name}_ends"]
+        return data[ends[number - 1] if number else 0 : ends[number]].tobytes().decode()
 
 
 def cached(
@@ -231,20 +226,15 @@ class _Views:
     dataset: ShardDataset
     run: Run
     crops: int
-
-    @property
-    def limits(self) -> Limits:
-        return Limits(self.dataset.limits.patience, self.dataset.limits.damaged)
+    limits: Limits
 
     def __len__(self) -> int:
         return self.run.samples * self.crops
 
     def __getitems__(self, positions: Sequence[int]) -> Any:
-        rows = self.run.first + np.asarray(positions, np.int64) // self.crops
-        corners = np.full((len(rows), 2), 0.5)
-        if self.crops > 1:
-            corners = uniforms(0, rows * self.crops + np.asarray(positions) % self.crops, 2)
-        problems: list[str] = []
+        places = self.run.first * self.crops + np.asarray(positions, np.int64)
+        corners = uniforms(0, places, 2) if self.crops > 1 else np.full((len(places), 2), 0.5)
+        rows, problems = places // self.crops, list[str]()
         images, views = self.dataset.views(rows.tolist(), corners.tolist(), problems)
         return {"image": images, "views": views, "problems": problems}
 
@@ -255,7 +245,7 @@ def _encoded(
 ) -> Iterator[Tensor]:
     """(b, views, 2, c, h, w) of the pictures of a run; what is known of their views is added to `pictures`."""
     crops = encoders.crops if dataset.config.crop == "random" else 1
-    source = _Views(dataset, run, crops)
+    source = _Views(dataset, run, crops, Limits(dataset.limits.patience, dataset.limits.damaged))
     step = max(1, batch_size // crops) * crops
     for batch in loader(source, step, stop=len(source), workers=dataset.config.workers):
         views: Any = batch["views"]  # type: ignore[typeddict-item]
@@ -277,7 +267,7 @@ def _texts(pictures: list[list[View]], tokenize: Tokenize | None, encoders: Enco
     found["captions"], found["caption_ends"] = _joined(captions)
     found["keys"], found["key_ends"] = _joined([views[0].key for views in pictures])
     if tokenize:
-        found["tokens"] = torch.cat([tokenize(captions[i : i + 1024]) for i in range(0, len(captions), 1024)])
+        found["tokens"] = tokenize(captions)
     if encoders.states:
         found |= _states(captions, encoders.states)
     return found
@@ -296,10 +286,6 @@ def _joined(texts: Sequence[str]) -> tuple[Tensor, Tensor]:
     encoded = [text.encode() for text in texts]
     ends = torch.tensor([len(text) for text in encoded]).cumsum(0)
     return torch.frombuffer(bytearray(b"".join(encoded) or b"\0"), dtype=torch.uint8), ends
-
-
-def _cut(data: NDArray[np.uint8], ends: Ints, number: int) -> str:
-    return data[ends[number - 1] if number else 0 : ends[number]].tobytes().decode()
 
 
 def _about(dataset: ShardDataset, encoders: Encoders) -> dict[str, Any]:
@@ -323,8 +309,7 @@ def _homes(dataset: ShardDataset, encoders: Encoders, cache: str | Path) -> list
     paths = dataset.shards.paths
     if str(cache) != BESIDE:
         return [Path(cache)] * len(paths)
-    remote = [path for path in paths if isinstance(path, str)]
-    if remote:
+    if remote := [path for path in paths if isinstance(path, str)]:
         raise UserError(f"nothing can be kept beside {remote[0]!r}: name a folder with --cache DIR")
     key = {name: value for name, value in _about(dataset, encoders).items() if name not in ("text", "crops")}
     mark = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
@@ -335,24 +320,24 @@ def _known(home: Path) -> dict[str, Any]:
     path = home / ABOUT
     try:
         return dict(json.loads(path.read_text())) if path.is_file() else {}
-    except ValueError:
+    except (ValueError, TypeError):
         raise UserError(f"{str(path)!r} is broken: remove the folder and run scripts/precompute.py again") from None
 
 
 def _claim(home: Path, about: dict[str, Any]) -> None:
     """Make the folder a cache of this, or find that it is."""
     known = _known(home)
-    for name in about:
-        if known and known.get(name) != about[name]:
+    for name, value in about.items():
+        if known and known.get(name) != value:
             raise UserError(
-                f"cache {str(home)!r} was made with {name} {known.get(name)!r}, not {about[name]!r}: give another "
-                "folder, or remove it and run scripts/precompute.py again"
+                f"cache {str(home)!r} was made with {name} {known.get(name)!r}, not {value!r}: give another folder, or "
+                "remove it and run scripts/precompute.py again"
             )
-    if not known:
-        try:
+    try:
+        if not known:
             write_json(home / ABOUT, about)
-        except OSError as error:
-            raise UserError(f"cannot write to {str(home)!r} ({error.strerror}): name a folder by --cache DIR") from None
+    except OSError as error:
+        raise UserError(f"cannot write to {str(home)!r} ({error.strerror}): name a folder by --cache DIR") from None
 
 
 def _path(home: Path, entry: Entry) -> Path:

@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import avg_pool2d
 
-from ldm.data.cache import CachedDataset, Encoders, _Records, cached, fill, kept_with
+from ldm.data.cache import CachedDataset, Encoders, Kept, cached, fill, kept_with
 from ldm.data.dataset import DataConfig, loader, open_dataset, to_image
 from ldm.data.order import uniforms
 from ldm.data.shards import write_manifest, write_shard
@@ -185,11 +185,11 @@ def test_every_bit_of_the_head_counts(config, tmp_path):
         data[place] ^= 1
         path.write_bytes(data)
         try:
-            batch = _Records(path).record("latents.0", 0, 0)
+            batch = Kept(path).record("latents.0", 0, 0)
         except (Damaged, SafetensorError, KeyError):
             continue
         path.write_bytes(whole)
-        assert np.array_equal(batch, _Records(path).record("latents.0", 0, 0))  # a space of the padding
+        assert np.array_equal(batch, Kept(path).record("latents.0", 0, 0))  # a space of the padding
 
 
 def test_a_cache_without_digests_is_made_again(config, tmp_path):
@@ -252,6 +252,7 @@ def test_buckets(tmp_path, picture):
 def test_what_is_not_finite_is_refused(config, tmp_path):
     with pytest.raises(UserError, match="are not finite"):
         cached(open_dataset(config), encoders(lambda x: (to_image(x) / 0, to_image(x))), tmp_path)
-    (tmp_path / "cache.json").write_text("{")
-    with pytest.raises(UserError, match=r"cache.json' is broken"):
-        cached(open_dataset(config), encoders(), tmp_path)
+    for broken in ("{", "[1]"):
+        (tmp_path / "cache.json").write_text(broken)
+        with pytest.raises(UserError, match=r"cache.json' is broken"):
+            cached(open_dataset(config), encoders(), tmp_path)
