@@ -4,9 +4,11 @@ After Esser et al. 2021 (arXiv:2012.09841) and Rombach et al. 2022 (arXiv:2112.1
 """
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from ldm.models.attention import Attention
-from ldm.models.layers import Downsample, Features, ResBlock, Upsample, norm
+from ldm.models.layers import Downsample, Features, Middle, ResBlock, Upsample, norm
 from ldm.shapes import Image, Latent
 
 
@@ -115,7 +117,7 @@ class SelfAttention(nn.Module):
 
 
 class Stage(nn.Module):
-    """ResBlocks of one resolution, then the way to the next; also the middle, where attention stands between two."""
+    """ResBlocks of one resolution, then the way to the next."""
 
     def __init__(self, widths: list[int], groups: int, resample: nn.Module | None = None) -> None:
         super().__init__()
@@ -128,18 +130,17 @@ class Stage(nn.Module):
         return x if self.resample is None else self.resample(x)
 
 
-class Middle(nn.Module):
-    """ResBlock, attention, ResBlock at the latent's resolution."""
+def _stages(config: AutoencoderConfig, widths: Sequence[int], blocks: int, resample: Callable[..., nn.Module]) -> Any:
+    """One for each width, the first as wide as what comes in, all but the last with a way to the next."""
+    return nn.ModuleList(
+        Stage([before] + [width] * blocks, config.groups, resample(width) if level < len(widths) else None)
+        for level, (before, width) in enumerate(zip((widths[0], *widths), widths, strict=False), 1)
+    )
 
-    def __init__(self, width: int, config: AutoencoderConfig) -> None:
-        super().__init__()
-        self.res1 = ResBlock(width, width, groups=config.groups, eps=1e-6)
-        self.attn = SelfAttention(width, config.groups) if config.mid_attention else None
-        self.res2 = ResBlock(width, width, groups=config.groups, eps=1e-6)
 
-    def forward(self, x: Features) -> Features:
-        h = self.res1(x)
-        return self.res2(h if self.attn is None else self.attn(h))
+def _middle(config: AutoencoderConfig, width: int) -> Middle:
+    attn = partial(SelfAttention, width, config.groups) if config.mid_attention else None
+    return Middle(width, attn, groups=config.groups, eps=1e-6)
 
 
 class Encoder(nn.Module):
@@ -147,21 +148,14 @@ class Encoder(nn.Module):
 
     def __init__(self, config: AutoencoderConfig) -> None:
         super().__init__()
-        widths, last = config.channels, len(config.channels) - 1
+        widths = config.channels
         self.patch = config.patch
         self.conv_in = nn.Conv2d(3 * config.patch**2, widths[0], 3, padding=1)
-        self.down = nn.ModuleList(
-            Stage(
-                [widths[max(level - 1, 0)]] + [width] * config.res_blocks,
-                config.groups,
-                Downsample(width, symmetric=False) if level < last else None,
-            )
-            for level, width in enumerate(widths)
-        )
-        self.mid = Middle(widths[-1], config)
+        self.down = _stages(config, widths, config.res_blocks, partial(Downsample, symmetric=False))
+        self.mid = _middle(config, widths[-1])
         self.norm_out = norm(widths[-1], config.groups, eps=1e-6)
-        self.conv_out = nn.Conv2d(widths[-1], 2 * config.z_channels, 3, padding=1)
         moments = 2 * config.z_channels
+        self.conv_out = nn.Conv2d(widths[-1], moments, 3, padding=1)
         self.moments = nn.Conv2d(moments, moments, 1) if config.quant_convs else nn.Identity()
 
     def forward(self, image: Image) -> Features:
@@ -177,19 +171,11 @@ class Decoder(nn.Module):
     def __init__(self, config: AutoencoderConfig) -> None:
         super().__init__()
         widths = (config.decoder_channels or config.channels)[::-1]
-        last = len(widths) - 1
         self.codebook = Codebook(config.codebook, config.z_channels) if config.codebook else None
         self.expand = nn.Conv2d(config.z_channels, config.z_channels, 1) if config.quant_convs else nn.Identity()
         self.conv_in = nn.Conv2d(config.z_channels, widths[0], 3, padding=1)
-        self.mid = Middle(widths[0], config)
-        self.up = nn.ModuleList(
-            Stage(
-                [widths[max(level - 1, 0)]] + [width] * (config.res_blocks + 1),
-                config.groups,
-                Upsample(width) if level < last else None,
-            )
-            for level, width in enumerate(widths)
-        )
+        self.mid = _middle(config, widths[0])
+        self.up = _stages(config, widths, config.res_blocks + 1, Upsample)
         self.norm_out = norm(widths[-1], config.groups, eps=1e-6)
         self.conv_out = nn.Conv2d(widths[-1], 3 * config.patch**2, 3, padding=1)
         self.patch = config.patch

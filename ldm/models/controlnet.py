@@ -13,8 +13,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ldm.conditioning import Conditioning
-from ldm.models.layers import Features
-from ldm.models.unet import Control, Level, Middle, UNet, UNetConfig, contract, embed
+from ldm.models.layers import Features, Middle
+from ldm.models.unet import Control, Level, UNet, UNetConfig, contract, embed
 from ldm.shapes import Sigma
 
 Hint = Float[Tensor, "b c H W"]  # in [0, 1], at the picture's own size

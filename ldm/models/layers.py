@@ -1,6 +1,8 @@
 """The convolutional parts that the UNet and the autoencoder share (Rombach et al. 2022, arXiv:2112.10752)."""
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +24,6 @@ class GroupNorm(nn.GroupNorm):
     """GroupNorm (Wu & He 2018), and SiLU with it: a place where one kernel may do both."""
 
     def activated(self, x: Features) -> Features:
-        """SiLU of the normalised."""
         return F.silu(self(x))
 
 
@@ -52,6 +53,21 @@ class ResBlock(nn.Module):
             h = h + self.time(time)[:, :, None, None]
         h = self.conv2(self.norm2.activated(h))
         return h + (x if self.skip is None else self.skip(x))
+
+
+class Middle(nn.Module):
+    """ResBlock, attention where there is one, ResBlock, at the lowest resolution."""
+
+    def __init__(self, width: int, attn: Callable[[], nn.Module] | None, *, groups: int, eps: float, time_dim: int = 0):
+        super().__init__()
+        self.res1 = ResBlock(width, width, groups=groups, eps=eps, time_dim=time_dim)
+        self.attn = attn() if attn else None
+        self.res2 = ResBlock(width, width, groups=groups, eps=eps, time_dim=time_dim)
+
+    def forward(self, x: Features, time: Float[Tensor, "b d"] | None = None, *cond: Any) -> Features:
+        """cond: what the attention is called with beside the map."""
+        h = self.res1(x, time)
+        return self.res2(h if self.attn is None else self.attn(h, *cond), time)
 
 
 class Downsample(nn.Module):

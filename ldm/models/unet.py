@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from ldm.conditioning import Conditioning
 from ldm.models.attention import SpatialTransformer
-from ldm.models.layers import Downsample, Features, ResBlock, Upsample, norm, sinusoid
+from ldm.models.layers import Downsample, Features, Middle, ResBlock, Upsample, norm, sinusoid
 from ldm.shapes import Sigma
 
 
@@ -80,21 +81,6 @@ class Level(nn.Module):
         self.resample = resample
 
 
-class Middle(nn.Module):
-    """ResBlock, transformer, ResBlock at the lowest resolution."""
-
-    def __init__(self, config: UNetConfig) -> None:
-        super().__init__()
-        width, time_dim = config.channels[-1], 4 * config.channels[0]
-        self.res1 = ResBlock(width, width, groups=config.groups, eps=1e-5, time_dim=time_dim)
-        self.attn = _transformer(config, width, config.heads[-1], config.mid_depth) if config.mid_depth else None
-        self.res2 = ResBlock(width, width, groups=config.groups, eps=1e-5, time_dim=time_dim)
-
-    def forward(self, x: Features, time: Tensor, cond: Conditioning) -> Features:
-        h = self.res1(x, time)
-        return self.res2(h if self.attn is None else self.attn(h, cond), time)
-
-
 class UNet(nn.Module):
     """net(z, label, cond): from a scaled noisy latent, what the network is told of its noise, and the conditions.
 
@@ -106,12 +92,12 @@ class UNet(nn.Module):
         self.config = config
         channels, last = config.channels, len(config.channels) - 1
         time_dim = 4 * channels[0]
-        self.time = nn.Sequential(nn.Linear(channels[0], time_dim), nn.SiLU(), nn.Linear(time_dim, time_dim))
-        self.vector = (
-            nn.Sequential(nn.Linear(config.vector_dim, time_dim), nn.SiLU(), nn.Linear(time_dim, time_dim))
-            if config.vector_dim
-            else None
-        )
+
+        def embedding(width: int) -> nn.Sequential:
+            return nn.Sequential(nn.Linear(width, time_dim), nn.SiLU(), nn.Linear(time_dim, time_dim))
+
+        self.time = embedding(channels[0])
+        self.vector = embedding(config.vector_dim) if config.vector_dim else None
         self.conv_in = nn.Conv2d(config.in_channels, channels[0], 3, padding=1)
 
         skips, width = [channels[0]], channels[0]
@@ -125,7 +111,10 @@ class UNet(nn.Module):
             if level < last:
                 skips.append(out)
         self.down: Sequence[Level] = nn.ModuleList(down)  # type: ignore[assignment]
-        self.mid = Middle(config)
+        attn = partial(_transformer, config, channels[-1], config.heads[-1], config.mid_depth)
+        self.mid = Middle(
+            channels[-1], attn if config.mid_depth else None, groups=config.groups, eps=1e-5, time_dim=time_dim
+        )
         up = []
         for level, out in reversed(list(enumerate(channels))):
             blocks = []

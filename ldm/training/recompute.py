@@ -5,9 +5,9 @@ from functools import partial
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from ldm.models import autoencoder, unet
+from ldm.models import autoencoder, layers, unet
 
-BLOCKS = (unet.Block, unet.Middle, autoencoder.Stage, autoencoder.Middle)
+BLOCKS = (unet.Block, layers.Middle, autoencoder.Stage)
 
 
 def recompute(network: nn.Module) -> None:
