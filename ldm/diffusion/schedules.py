@@ -7,7 +7,7 @@ Eq. 23), for vp the shifted log-SNR of simple diffusion (Hoogeboom et al. 2023).
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Literal
@@ -15,11 +15,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ldm.diffusion.spacings import SPACINGS, TRAIN_STEPS
+from ldm.diffusion.spacings import SPACINGS, TRAIN_STEPS, Map, through
 from ldm.errors import UserError, unknown
 from ldm.shapes import Sigma, Sigmas
-
-Map = Callable[[Tensor], Tensor]
 
 # Beyond sigma 80 less than 1/6400 of the signal's power is left: curves even in some function of sigma would spend
 # steps there on nothing, since flow reaches 999 and zero terminal SNR 4096.
@@ -128,7 +126,7 @@ def _vp(config: ScheduleConfig) -> Schedule:
     abar = _zero_snr(alphas_bar(config)) if config.zero_snr else alphas_bar(config)
     table = ((1 - abar) / abar).sqrt() * config.shift
     logs, steps = table.log(), torch.arange(TRAIN_STEPS, dtype=torch.float64)
-    log_of, step_of = _through(steps, logs), _through(logs, steps)
+    log_of, step_of = through(steps, logs), through(logs, steps)
 
     def at(step: Tensor) -> Tensor:
         return log_of(step).exp()
@@ -197,17 +195,3 @@ def _zero_snr(abar: Tensor) -> Tensor:
     root = abar.sqrt()
     root = (root - root[-1]) * root[0] / (root[0] - root[-1])
     return (root**2).clamp(min=2.0**-24)
-
-
-def _through(xs: Tensor, ys: Tensor) -> Map:
-    """Piecewise linear, exact on the points of a table, constant beyond them; each device has its copy once."""
-    table = lru_cache(lambda device: (xs.to(device), ys.to(device)))
-
-    def interpolate(x: Tensor) -> Tensor:
-        xs, ys = table(x.device)
-        x = x.clamp(xs[0], xs[-1])
-        right = torch.searchsorted(xs, x).clamp(1, len(xs) - 1)
-        left = right - 1
-        return torch.lerp(ys[left], ys[right], (x - xs[left]) / (xs[right] - xs[left]))
-
-    return interpolate

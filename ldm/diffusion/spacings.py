@@ -6,7 +6,7 @@ after a curve (karras, exponential, ...) are even in a function of sigma, over t
 
 import math
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -14,7 +14,22 @@ from torch import Tensor
 
 TRAIN_STEPS = 1000
 LAST = TRAIN_STEPS - 1
+Map = Callable[[Tensor], Tensor]
 Spacing = Callable[[Any, int], Tensor]  # (an ldm.diffusion.schedules.Schedule, n)
+
+
+def through(xs: Tensor, ys: Tensor) -> Map:
+    """Piecewise linear, exact on the points of a table, constant beyond them; each device has its copy once."""
+    table = lru_cache(lambda device: (xs.to(device), ys.to(device)))
+
+    def interpolate(x: Tensor) -> Tensor:
+        xs, ys = table(x.device)
+        x = x.clamp(xs[0], xs[-1])
+        right = torch.searchsorted(xs, x).clamp(1, len(xs) - 1)
+        left = right - 1
+        return torch.lerp(ys[left], ys[right], (x - xs[left]) / (xs[right] - xs[left]))
+
+    return interpolate
 
 
 def _line(first: float, last: float, n: int) -> Tensor:
@@ -42,19 +57,14 @@ def beta(schedule: Any, n: int) -> Tensor:
     angle = _line(0, math.pi / 2, 20_001)
     share = torch.cumulative_trapezoid(angle.sin() ** 0.2 * angle.cos().clamp(min=0) ** 0.2, angle)
     share = torch.cat([share.new_zeros(1), share / share[-1]])
-    wanted = _down(1, n)
-    right = torch.searchsorted(share, wanted).clamp(1, len(share) - 1)
-    part = (wanted - share[right - 1]) / (share[right] - share[right - 1])
-    levels: Tensor = schedule.at(torch.lerp(angle[right - 1], angle[right], part).sin() ** 2 * LAST)
+    levels: Tensor = schedule.at(through(share, angle)(_down(1, n)).sin() ** 2 * LAST)
     return levels
 
 
 def align_your_steps(schedule: Any, n: int, table: Sequence[float]) -> Tensor:
     """A published schedule, whatever the model's own, interpolated in log sigma to n steps; its end becomes 0."""
-    logs = torch.tensor(table, dtype=torch.float64).log()
-    place = _line(0, len(table) - 1, n + 1)[:-1]
-    left = place.floor().long()
-    return torch.lerp(logs[left], logs[left + 1], place - left).exp()
+    logs, last = torch.tensor(table, dtype=torch.float64).log(), len(table) - 1
+    return through(_line(0, last, len(table)), logs)(_line(0, last, n + 1)[:-1]).exp()
 
 
 # Sabour et al. 2024, the optimised schedules of their project page, for 10 steps each.
