@@ -12,6 +12,8 @@ from pathlib import Path
 from threading import Thread, get_native_id
 from typing import Any, Generic, TypeVar
 
+from ldm.errors import UserError, reason
+
 T = TypeVar("T")
 
 
@@ -49,6 +51,14 @@ def flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def read_text(path: str | Path, what: str = "") -> str:
+    """The text of a file in UTF-8. UserError that begins with `cannot read {what}`."""
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read {what}{str(path)!r}: {reason(error)}") from None
 
 
 def write_json(path: Path, data: Any) -> None:

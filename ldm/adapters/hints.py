@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldm.errors import UserError, nearest
+from ldm.errors import UserError, unknown
 from ldm.shapes import Image
 
 
@@ -43,7 +43,7 @@ def draw(name: str, image: Image) -> Tensor:
     if name == "none":
         return image.clamp(-1, 1) / 2 + 0.5
     if name not in HINTS:
-        raise UserError(f"unknown hint {name!r}{nearest(name, list(HINTS))}: choose none, {', '.join(HINTS)}")
+        raise unknown("hint", name, ["none", *HINTS])
     try:
         import skimage  # noqa: F401
     except ImportError:

@@ -45,6 +45,10 @@ class SafeFile:
         whole = entry.start % DTYPES[entry.dtype].itemsize == 0
         return (raw if whole else raw.clone()).view(DTYPES[entry.dtype]).reshape(entry.shape)
 
+    def tensors(self) -> dict[str, Tensor]:
+        """All of them."""
+        return {name: self.tensor(name) for name in self.entries}
+
     def forget(self, name: str, kept: Tensor) -> None:
         """Let the pages of a tensor go, unless what is kept of it still lies there. They are read again if needed."""
         entry = self.entries[name]

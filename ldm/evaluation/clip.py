@@ -8,11 +8,10 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
-from ldm.checkpoints.pickled import is_pickled, to_safetensors
+from ldm.checkpoints import pickled
+from ldm.checkpoints.files import SafeFile
 from ldm.errors import UserError, nearest
 from ldm.evaluation.store import Pixels
 from ldm.text.open_clip import open_clip
@@ -33,14 +32,10 @@ def load_clip(path: Path, model: str) -> Score:
         raise UserError(f"open_clip has no model {model!r}{nearest(model, package.list_models())}: see --clip-model")
     try:
         with tempfile.TemporaryDirectory() as scratch:
-            safe = path
-            if is_pickled(path):
-                safe = Path(scratch, "clip.safetensors")
-                to_safetensors(path, safe)
-            state = load_file(safe)
+            state = SafeFile(pickled.unpacked(path, Path(scratch))).tensors()
         network = package.create_model(model, load_weights=False).eval().requires_grad_(False)
         network.load_state_dict({name.removeprefix("module."): value for name, value in state.items()})
-    except (OSError, SafetensorError, RuntimeError, json.JSONDecodeError) as error:
+    except (OSError, UserError, RuntimeError, json.JSONDecodeError) as error:
         raise UserError(f"cannot read CLIP weights {str(path)!r} as {model}: {error}") from None
     tokenize = package.get_tokenizer(model)
     size = network.visual.image_size

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ldm.errors import UserError
 from ldm.evaluation.plots import colour, quantities
+from ldm.files import read_text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -22,11 +23,7 @@ LOG = ("grad_norm", "gan_weight")  # drawn over powers of ten
 def read(run: Path) -> Records:
     """The lines of a run's log, without one that is cut short. UserError where there is none."""
     path, records = run / "log.jsonl", []
-    try:
-        lines = path.read_text().splitlines()
-    except OSError as error:
-        raise UserError(f"cannot read {str(path)!r}: {error.strerror}; give the folder of a run") from None
-    for line in lines:
+    for line in read_text(path, "the log of a run from ").splitlines():
         with contextlib.suppress(ValueError):
             records.append(json.loads(line))
     records = [record for record in records if isinstance(record, dict) and "step" in record]

@@ -11,11 +11,10 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, UInt8
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from ldm.checkpoints.files import SafeFile
 from ldm.errors import UserError
 from ldm.text.open_clip import _torchvision_operators
 
@@ -59,10 +58,9 @@ class Inception(nn.Module):
     def load(cls, path: str | Path) -> "Inception":
         """Read a safetensors file. UserError where it is not there or holds other keys or shapes."""
         try:
-            state = load_file(path)
-        except (OSError, SafetensorError) as error:
-            hint = "get them by `make weights`"
-            raise UserError(f"cannot read Inception weights {str(path)!r}, {hint}: {error}") from None
+            state = SafeFile(Path(path)).tensors()
+        except UserError as error:
+            raise UserError(f"Inception weights, get them by `make weights`: {error}") from None
         state.pop("fc.bias", None)
         with torch.device("meta"):
             model = cls("fc.weight" in state)

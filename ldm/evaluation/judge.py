@@ -11,15 +11,13 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ldm import config
+from ldm.checkpoints import files
 from ldm.errors import UserError, nearest
 from ldm.evaluation.inception import Inception
 from ldm.evaluation.store import Pixels
-from ldm.files import replacing
 
 COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white", "grey", "teal")
 _COLOUR = rf"({'|'.join(COLOURS)}|gray) "
@@ -85,19 +83,16 @@ class Judge(nn.Module):
         return [(listed[n], COLOURS[c]) for n, c in zip(names, colours, strict=True)]
 
     def save(self, path: Path) -> None:
-        with replacing(path) as temporary:
-            spec = json.dumps(config.to_dict(self.spec))
-            save_file({k: v.contiguous() for k, v in self.state_dict().items()}, temporary, {"judge": spec})
+        files.save(path, self.state_dict(), {"judge": json.dumps(config.to_dict(self.spec))})
 
     @classmethod
     def load(cls, path: str | Path) -> "Judge":
         """UserError for a file that is not there or is no judge."""
         try:
-            with safe_open(path, "pt") as file:
-                about = (file.metadata() or {}).get("judge", "{}")
-                judge = cls(config.from_dict(JudgeSpec, json.loads(about)))
-                judge.load_state_dict({name: file.get_tensor(name) for name in file.offset_keys()})
-        except (OSError, SafetensorError, ValueError, RuntimeError) as error:
+            file = files.SafeFile(Path(path))
+            judge = cls(config.from_dict(JudgeSpec, json.loads(file.metadata.get("judge", "{}"))))
+            judge.load_state_dict(file.tensors())
+        except (ValueError, RuntimeError) as error:
             hint = "scripts/train_judge.py makes one"
             raise UserError(f"cannot read a judge from {str(path)!r} ({hint}): {error}") from None
         return judge.eval().requires_grad_(False)

@@ -14,14 +14,14 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import UInt8
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from ldm import config
+from ldm.checkpoints.files import save
 from ldm.data.images import decode, square
 from ldm.data.sources import Raw, open_sources
 from ldm.errors import UserError
-from ldm.files import replacing
 from ldm.images import to_pixels
 from ldm.jobs import batches
 from ldm.pipeline import Pipeline
@@ -53,8 +53,7 @@ class Store:
         paths = [self.folder / name / f"{part.start:06d}-{part.stop:06d}.safetensors" for part in chunks]
         for path, part in list(zip(paths, chunks, strict=True))[self.rank :: self.world]:
             if not path.is_file():
-                with replacing(path) as temporary:
-                    save_file({k: v.contiguous().cpu() for k, v in compute(part).items()}, temporary)
+                save(path, compute(part), {})
         self.wait()
         return paths
 

@@ -11,7 +11,7 @@ import yaml
 from torch import Tensor
 
 from ldm.checkpoints.native import Model
-from ldm.errors import UserError, nearest, reason
+from ldm.errors import UserError, unknown
 from ldm.evaluation import statistics
 from ldm.evaluation.clip import load_clip
 from ldm.evaluation.inception import Inception
@@ -20,7 +20,7 @@ from ldm.evaluation.reconstruction import compare
 from ldm.evaluation.statistics import Estimates, mean
 from ldm.evaluation.store import Found, Kept, Pictures, Pixels, Store, key, paint
 from ldm.families.load import load as load_model
-from ldm.files import digest, sha256
+from ldm.files import digest, read_text, sha256
 from ldm.images import to_pixels
 from ldm.models.perceptual import LPIPS
 from ldm.pipeline import Pipeline, choose, find
@@ -64,8 +64,7 @@ class Plan:
     def __post_init__(self) -> None:
         for name in self.metrics:
             if name not in METRICS:
-                hint = nearest(name, list(METRICS))
-                raise UserError(f"unknown metric {name!r}{hint}: choose of {', '.join(METRICS)}")
+                raise unknown("metric", name, METRICS)
         if bool(self.model) == bool(self.images):
             raise UserError("give either a model that paints or --images, a folder of ready pictures")
         for name in self.metrics:
@@ -132,9 +131,9 @@ class Suite:
     def groups(self) -> dict[str, list[str]]:
         path = self.plan.prompts
         try:
-            groups = yaml.safe_load(Path(path).read_text("utf-8"))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise UserError(f"cannot read prompts from {path!r}: {reason(error)}") from None
+            groups = yaml.safe_load(read_text(path, "prompts from "))
+        except yaml.YAMLError as error:
+            raise UserError(f"cannot read prompts from {path!r}: {error}") from None
         if not isinstance(groups, dict) or not all(isinstance(g, list) and g for g in groups.values()):
             raise UserError(f"{path!r} must hold groups of prompts, such as `seen: [a red apple]`")
         return {str(name): [str(prompt) for prompt in group] for name, group in groups.items()}
@@ -356,8 +355,7 @@ def settings(texts: Sequence[str]) -> dict[str, list[Any]]:
     for text in texts:
         name, _, values = text.partition("=")
         if name not in kinds:
-            hint = nearest(name, list(kinds))
-            raise UserError(f"no way of painting is called {name!r}{hint}: use {', '.join(kinds)}")
+            raise unknown("way of painting", name, kinds)
         try:
             found[name] = [kinds[name](value) for value in values.split(",")]
         except ValueError:

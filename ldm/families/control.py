@@ -89,10 +89,7 @@ def _config(stated: Mapping[str, Any]) -> UNetConfig:
         raise UserError(f"its config.json is of a {stated['_class_name']!r}")
     if stated.get("controlnet_conditioning_channel_order", "rgb") != "rgb":
         raise UserError("its hint's channels are not in the order rgb")
-    data = {name: value for name, value in stated.items() if name not in _OWN | _VOID}
-    kinds = {"CrossAttnDownBlock2D": "CrossAttnUpBlock2D", "DownBlock2D": "UpBlock2D"}
-    blocks = data.get("down_block_types", ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"])
-    return unet_from(data | {"up_block_types": [kinds.get(block) for block in reversed(blocks)]})
+    return unet_from({name: value for name, value in stated.items() if name not in _OWN | _VOID})
 
 
 def _t2i(shapes: Shapes, start: str, layout: str, like: UNetConfig) -> T2IConfig:

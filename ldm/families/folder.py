@@ -1,17 +1,19 @@
 """diffusers' folders: their config.json files read into ours, strictly, and ours written as theirs.
 
-A setting that our networks do not have must stand at the value that means the same as its absence; anything else is
-refused by name. Nothing that a config names is imported: class names are compared with a list.
+What is read must be written the same: a setting that says anything else, or that our networks do not have, is refused
+by name unless it means the same as its absence. Nothing that a config names is imported.
 """
 
 import json
 from collections.abc import Mapping
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 from ldm.config import from_dict
 from ldm.errors import UserError
+from ldm.files import read_text
 from ldm.models.autoencoder import AutoencoderConfig
 from ldm.models.unet import UNetConfig
 from ldm.text.tower import TextConfig
@@ -33,44 +35,30 @@ _TEXT = {
     "context_length": ("max_position_embeddings", 77),
     "vocab_size": ("vocab_size", 49408),
 }
-# What must stand at one of these values, the first being what is written; absent means the first.
-_UNET_FIXED: dict[str, tuple[Any, ...]] = {
-    "act_fn": ("silu", "swish"),
-    "norm_eps": (1e-5,),
-    "flip_sin_to_cos": (True,),
-    "downsample_padding": (1,),
-    "mid_block_scale_factor": (1,),
-    "conv_in_kernel": (3,),
-    "conv_out_kernel": (3,),
-    "resnet_time_scale_shift": ("default",),
-    "resnet_out_scale_factor": (1.0,),
-    "time_embedding_type": ("positional",),
-    "attention_type": ("default",),
-}
-_VAE_FIXED: dict[str, tuple[Any, ...]] = {"act_fn": ("silu", "swish"), "in_channels": (3,), "out_channels": (3,)}
-# What else is read, or says nothing of the numbers.
+# What our networks always are.
+_UNET_FIXED = {"act_fn": "silu", "norm_eps": 1e-5, "flip_sin_to_cos": True, "downsample_padding": 1}
+_UNET_FIXED |= {"mid_block_scale_factor": 1, "conv_in_kernel": 3, "conv_out_kernel": 3, "resnet_out_scale_factor": 1.0}
+_UNET_FIXED |= {"resnet_time_scale_shift": "default", "time_embedding_type": "positional", "attention_type": "default"}
+_VAE_FIXED = {"act_fn": "silu", "in_channels": 3, "out_channels": 3}
+# What is read in another way, or says nothing of the numbers.
 _UNET_OTHER = """
-sample_size down_block_types up_block_types mid_block_type block_out_channels layers_per_block cross_attention_dim
-transformer_layers_per_block attention_head_dim num_attention_heads addition_embed_type addition_time_embed_dim
+sample_size transformer_layers_per_block attention_head_dim num_attention_heads addition_time_embed_dim
 projection_class_embeddings_input_dim dropout upcast_attention addition_embed_type_num_heads use_attention_mask
 """
 _VAE_OTHER = """
-block_out_channels layers_per_block scaling_factor shift_factor latents_mean latents_std use_quant_conv
-use_post_quant_conv mid_block_add_attention sample_size force_upcast down_block_types up_block_types
+block_out_channels scaling_factor shift_factor latents_mean latents_std sample_size force_upcast
 down_block_out_channels up_block_out_channels layers_per_down_block layers_per_up_block
 """
-_UNET_READ = {theirs for theirs, _ in _UNET.values()} | set(_UNET_OTHER.split())
-_VAE_READ = {theirs for theirs, _ in _VAE.values()} | set(_VAE_OTHER.split())
+_VOID = list(product((None, False, 0), repeat=2))
 
 
 def read_json(path: Path) -> Json:
     """A JSON file that holds fields. UserError, one line, for anything else."""
+    if path.is_file() and path.stat().st_size > MAX_JSON:
+        raise UserError(f"{str(path)!r} is too long for a config")
+    text = read_text(path)
     try:
-        if path.stat().st_size > MAX_JSON:
-            raise UserError(f"{str(path)!r} is too long for a config")
-        data = json.loads(path.read_text())
-    except OSError as error:
-        raise UserError(f"cannot read {str(path)!r}: {error.strerror}") from None
+        data = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{str(path)!r} is not JSON: {error}") from None
     if not isinstance(data, dict):
@@ -80,44 +68,29 @@ def read_json(path: Path) -> Json:
 
 def unet_from(data: Json) -> UNetConfig:
     """UNet2DConditionModel's config."""
-    _only(data, "unet", _UNET_FIXED, _UNET_READ)
     channels = _numbers(data, "block_out_channels", (320, 640, 1280, 1280))
     levels = len(channels)
     types = data.get("down_block_types", ["CrossAttnDownBlock2D"] * (levels - 1) + ["DownBlock2D"])
-    known = {"CrossAttnDownBlock2D": "CrossAttnUpBlock2D", "DownBlock2D": "UpBlock2D"}
-    attends = [kind == "CrossAttnDownBlock2D" for kind in types] if _strings(types) else []
-    up = [known.get(kind) for kind in reversed(types)] if attends else []
-    if None in up or len(attends) != levels or data.get("up_block_types", up) != up:
-        raise UserError(f"unet: its blocks {types} and {data.get('up_block_types')} are not those of a UNet known here")
-    blocks = set(_numbers(data, "layers_per_block", (2,)))
-    if len(blocks) != 1:
-        raise UserError(f"unet: layers_per_block {sorted(blocks)} must be the same at every level")
+    if not isinstance(types, list) or len(types) != levels:
+        raise UserError(f"unet: down_block_types {types!r} are not those of {levels} levels")
+    attends = [kind == "CrossAttnDownBlock2D" for kind in types]
     depth = _per_level(data, "transformer_layers_per_block", 1, levels)
     # Its name says dimension and its value is the number of heads; a mistake that became the format.
-    heads = _per_level(
-        data, "num_attention_heads" if data.get("num_attention_heads") else "attention_head_dim", 8, levels
-    )
-    middle = data.get("mid_block_type", "UNetMidBlock2DCrossAttn")
-    if middle != "UNetMidBlock2DCrossAttn":
-        raise UserError(f"unet: mid_block_type {middle!r} is not known here")
-    added = data.get("addition_embed_type")
-    if added not in (None, "text_time"):
-        raise UserError(f"unet: addition_embed_type {added!r} is not known here")
-    context = set(_numbers(data, "cross_attention_dim", (1280,)))
-    if len(context) != 1:
-        raise UserError(f"unet: cross_attention_dim {sorted(context)} must be the same at every level")
+    heads = "num_attention_heads" if data.get("num_attention_heads") else "attention_head_dim"
     same = _read(_UNET, data)
     own = {
         "linear_projection": bool(same["linear_projection"]),
         "channels": channels,
-        "res_blocks": blocks.pop(),
+        "res_blocks": _numbers(data, "layers_per_block", (2,))[0],
         "depth": [n if attend else 0 for n, attend in zip(depth, attends, strict=True)],
         "mid_depth": depth[-1],
-        "heads": heads,
-        "context_dim": context.pop(),
-        "vector_dim": data.get("projection_class_embeddings_input_dim") or 0 if added else 0,
+        "heads": _per_level(data, heads, 8, levels),
+        "context_dim": _numbers(data, "cross_attention_dim", (1280,))[0],
+        "vector_dim": (data.get("addition_embed_type") and data.get("projection_class_embeddings_input_dim")) or 0,
     }
-    return from_dict(UNetConfig, same | own, "unet")
+    config = from_dict(UNetConfig, same | own, "unet")
+    _agree(data, unet_to(config, 0, TextConfig()), "unet", _UNET_OTHER)
+    return config
 
 
 def unet_to(config: UNetConfig, side: int, text: TextConfig) -> Json:
@@ -151,35 +124,29 @@ def unet_to(config: UNetConfig, side: int, text: TextConfig) -> Json:
 
 def vae_from(data: Json) -> AutoencoderConfig:
     """The config of AutoencoderKL, or of AsymmetricAutoencoderKL, whose halves differ in width."""
-    _only(data, "vae", _VAE_FIXED, _VAE_READ)
     halves = data.get("_class_name") == "AsymmetricAutoencoderKL"
     channels = _numbers(data, "down_block_out_channels" if halves else "block_out_channels", (64,))
     decoder = _numbers(data, "up_block_out_channels", (64,)) if halves else channels
     blocks = data.get("layers_per_down_block" if halves else "layers_per_block", 1)
     if halves and data.get("layers_per_up_block", 1) != blocks:
         raise UserError("vae: layers_per_down_block and layers_per_up_block must be the same")
-    for key, kind in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):
-        if set(data.get(key, [kind]) if _strings(data.get(key, [kind])) else [None]) != {kind}:
-            raise UserError(f"vae: {key} {data[key]!r} must be {kind} throughout")
     scale, shift = data.get("scaling_factor", 0.18215), data.get("shift_factor") or 0.0
     means, stds = data.get("latents_mean") or [0.0], data.get("latents_std") or [1.0]
     if not _reals([scale, shift]) or scale <= 0 or not _reals(means) or not _reals(stds):
-        raise UserError(
-            f"vae: scaling_factor {scale!r}, shift_factor {shift!r} and the latents' statistics must be numbers"
-        )
-    quant = (data.get("use_quant_conv", True), data.get("use_post_quant_conv", True))
-    if quant[0] != quant[1]:
-        raise UserError("vae: use_quant_conv and use_post_quant_conv must be the same")
+        said = f"scaling_factor {scale!r}, shift_factor {shift!r}"
+        raise UserError(f"vae: {said} and the latents' statistics must be numbers")
     own = {
         "channels": channels,
         "decoder_channels": decoder if list(decoder) != list(channels) else (),
         "res_blocks": blocks,
         "mid_attention": data.get("mid_block_add_attention", True),
-        "quant_convs": quant[0],
+        "quant_convs": data.get("use_quant_conv", True),
         "mean": [shift + mean for mean in means],
         "std": [std / scale for std in stds],
     }
-    return from_dict(AutoencoderConfig, _read(_VAE, data) | own, "vae")
+    config = from_dict(AutoencoderConfig, _read(_VAE, data) | own, "vae")
+    _agree(data, vae_to(config, 0, upcast=False), "vae", _VAE_OTHER)
+    return config
 
 
 def vae_to(config: AutoencoderConfig, side: int, *, upcast: bool) -> Json:
@@ -275,24 +242,32 @@ def one_scale(config: AutoencoderConfig) -> AutoencoderConfig:
     return config if single_scale(config) else replace(config, mean=(0.0,), std=(1.0,))
 
 
-def _only(data: Json, where: str, fixed: Mapping[str, tuple[Any, ...]], read: set[str]) -> None:
-    """UserError for the first setting that is not known and not void."""
+def _agree(data: Json, written: Json, where: str, other: str) -> None:
+    """UserError for the first setting that is neither what is written of the config that was read, nor void as that.
+
+    other: names that are not looked at.
+    """
     for name, value in data.items():
-        if name.startswith("_") or name in read:
-            continue
-        if name in fixed:
-            if value not in fixed[name]:
-                raise UserError(f"{where}: {name} {value!r} is not known here ({fixed[name][0]!r})")
-        elif value not in (None, False, 0) and name != "addition_embed_type_num_heads":
-            raise UserError(f"{where}: {name} {value!r} is not known here")
+        if not name.startswith("_") and name not in other.split():
+            wanted = written.get(name)
+            if not _same(value, wanted) and (name, value) != ("act_fn", "swish") and (value, wanted) not in _VOID:
+                raise UserError(f"{where}: {name} {value!r} is not known here ({wanted!r})")
+
+
+def _same(value: Any, wanted: Any) -> bool:
+    """Whether two settings are equal; one value may stand for a list of it."""
+    if isinstance(value, list) == isinstance(wanted, list):
+        return bool(value == wanted)
+    several, one = (value, wanted) if isinstance(value, list) else (wanted, value)
+    return bool(several) and all(each == one for each in several)
 
 
 def _read(same: Mapping[str, tuple[str, Any]], data: Json) -> Json:
     return {ours: data.get(theirs, default) for ours, (theirs, default) in same.items()}
 
 
-def _written(same: Mapping[str, tuple[str, Any]], config: Any, fixed: Mapping[str, tuple[Any, ...]]) -> Json:
-    return {theirs: getattr(config, ours) for ours, (theirs, _) in same.items()} | {n: v[0] for n, v in fixed.items()}
+def _written(same: Mapping[str, tuple[str, Any]], config: Any, fixed: Json) -> Json:
+    return {theirs: getattr(config, ours) for ours, (theirs, _) in same.items()} | fixed
 
 
 def _numbers(data: Json, key: str, default: tuple[int, ...]) -> list[Any]:
@@ -311,9 +286,5 @@ def _per_level(data: Json, key: str, default: int, levels: int) -> list[Any]:
     return values
 
 
-def _strings(values: Any) -> bool:
-    return isinstance(values, (list, tuple)) and all(isinstance(value, str) for value in values)
-
-
 def _reals(values: Any) -> bool:
-    return isinstance(values, list) and all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in values)
+    return isinstance(values, list) and all(type(v) in (int, float) and abs(v) < 1e30 for v in values)

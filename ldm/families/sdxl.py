@@ -1,5 +1,7 @@
 """Stable Diffusion XL (Podell et al. 2023): two text towers, a vector of pooled text and sizes; and its refiner."""
 
+from dataclasses import replace
+
 from ldm.families.family import Family, Tower
 from ldm.text.tower import TextConfig
 
@@ -27,17 +29,7 @@ REFINER = Family(
     title="Stable Diffusion XL refiner",
     towers=(Tower("tower", "conditioner.embedders.0.model.", "open_clip", "text_encoder_2"),),
     heads=lambda width: max(width // 64, 1),
-    text=TextConfig(
-        width=1280,
-        heads=20,
-        layers=32,
-        quickgelu=False,
-        layer=2,
-        final_norm=False,
-        pad="zero",
-        projection=1280,
-        size_ids=5,
-    ),
+    text=replace(_BIG_G, size_ids=5),
     scale=0.13025,
     sides={"eps": 1024, "v": 1024},
     cfg_scale=5.0,

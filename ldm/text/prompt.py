@@ -7,13 +7,13 @@ for, weighted.
 """
 
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from random import Random
 from typing import NamedTuple, NoReturn
 
-from ldm.errors import UserError, reason
+from ldm.errors import UserError
+from ldm.files import read_text
 
 STRESS = 1.1
 NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)"
@@ -21,6 +21,7 @@ WEIGHT = re.compile(rf":\s*({NUMBER})\s*\)")
 BAD_WEIGHT = re.compile(r":\s*([+-]?[\d.][\d.eE+-]*)\s*\)")
 WORD = re.compile(r"(?<!\w)(AND|BREAK)(?!\w)")
 WILDCARD = re.compile(r"__(\w[\w/ -]*?)__")
+LETTERS = re.compile(r"\\([()\[\]:\\|])|[^()\[\]:\\|AB]+|.", re.DOTALL)  # a sign itself, or what can be none
 MAX_DEPTH = 100
 SHARE = re.compile(rf"(.*):\s*({NUMBER})\s*", re.DOTALL)
 
@@ -39,30 +40,24 @@ class Part(NamedTuple):
     weight: float = 1.0
 
 
-@dataclass(frozen=True)
-class Stressed:
+class Stressed(NamedTuple):
+    """A bracket, and what it multiplies weights by."""
+
     nodes: tuple["Node", ...]
     weight: float
 
 
-@dataclass(frozen=True)
-class Scheduled:
-    before: tuple["Node", ...]
-    after: tuple["Node", ...]
-    when: float
-    share: bool  # of the steps, in place of a number of them
+class Changing(NamedTuple):
+    """One of several, by its number that a step and the count of the steps give."""
 
-
-@dataclass(frozen=True)
-class Alternating:
     choices: tuple[tuple["Node", ...], ...]
+    choose: Callable[[int, int], int]
 
 
-Node = str | Fragment | Stressed | Scheduled | Alternating
+Node = str | Fragment | Stressed | Changing
 
 
-@dataclass(frozen=True)
-class Prompt:
+class Prompt(NamedTuple):
     """A parsed prompt: the sides of its ANDs, each a tree and a weight."""
 
     sides: tuple[tuple[tuple[Node, ...], float], ...]
@@ -92,11 +87,8 @@ def fill(text: str, folder: Path, rng: Random) -> str:
         if name is None:
             return text
         path = folder / f"{name[1]}.txt"
-        try:
-            lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"cannot read the wildcard {name[0]} from {str(path)!r}: {reason(error)}") from None
-        lines = [line for line in lines if line and not line.startswith("#")]
+        read = map(str.strip, read_text(path, f"the wildcard {name[0]} from ").splitlines())
+        lines = [line for line in read if line and not line.startswith("#")]
         if not lines:
             raise UserError(f"the wildcard {name[0]} has no lines: write some into {str(path)!r}")
         text = text[: name.start()] + rng.choice(lines) + text[name.end() :]
@@ -112,11 +104,8 @@ def _flat(nodes: tuple[Node, ...], weight: float, step: int, steps: int) -> Iter
                 yield node
             case Stressed():
                 yield from _flat(node.nodes, weight * node.weight, step, steps)
-            case Scheduled():
-                first = node.when * steps if node.share else node.when
-                yield from _flat(node.before if step < first else node.after, weight, step, steps)
-            case Alternating():
-                yield from _flat(node.choices[step % len(node.choices)], weight, step, steps)
+            case Changing():
+                yield from _flat(node.choices[node.choose(step, steps)], weight, step, steps)
 
 
 def _merge(fragments: Iterator[Fragment]) -> tuple[Fragment, ...]:
@@ -134,18 +123,13 @@ def _merge(fragments: Iterator[Fragment]) -> tuple[Fragment, ...]:
 class _Parser:
     def __init__(self, text: str) -> None:
         self.text, self.place = text, 0
-        self.ands = False
 
     def prompt(self) -> Prompt:
-        sides = []
-        while True:
-            nodes = self.nodes("", top=True)
-            sides.append(nodes)
-            if self.place >= len(self.text):
-                break
+        sides = [self.nodes("", top=True)]
+        while self.place < len(self.text):
             self.place += len("AND")
-            self.ands = True
-        if not self.ands:
+            sides.append(self.nodes("", top=True))
+        if len(sides) == 1:
             return Prompt(((sides[0], 1.0),))
         weighed = tuple(self.side(nodes) for nodes in sides)
         if not all(nodes for nodes, _ in weighed):
@@ -167,35 +151,25 @@ class _Parser:
     def nodes(self, stops: str, top: bool = False) -> tuple[Node, ...]:
         """Everything up to a sign of `stops`, or to the end (top: or to an AND), which is left unread."""
         found: list[Node] = []
-        letters: list[str] = []
-
-        def close() -> None:
-            if letters:
-                found.append("".join(letters))
-                letters.clear()
-
         while self.place < len(self.text):
-            sign = self.text[self.place]
+            sign, word = self.text[self.place], WORD.match(self.text, self.place)
             if sign in stops and (sign != ":" or ")" not in stops or self.weight_here()):
                 break
-            if sign == "\\" and self.text[self.place + 1 : self.place + 2] in tuple("()[]:\\|"):
-                letters.append(self.text[self.place + 1])
-                self.place += 2
-            elif sign in "([":
-                close()
-                found.extend(self.round() if sign == "(" else self.square())
-            elif sign in ")]":
+            if word and word[1] == "AND" and top:
+                break
+            if sign in ")]":
                 self.fail(self.place, f"{sign!r} closes nothing that was opened")
-            elif (word := WORD.match(self.text, self.place)) and (word[1] == "BREAK" or top):
-                if word[1] == "AND":
-                    break
-                close()
+            if sign in "([":
+                found.append(self.round() if sign == "(" else self.square())
+            elif word and word[1] == "BREAK":
                 found.append(Fragment(None))
-                self.place += len("BREAK")
+                self.place = word.end()
             else:
-                letters.append(sign)
-                self.place += 1
-        close()
+                letters = LETTERS.match(self.text, self.place)
+                assert letters
+                self.place = letters.end()
+                before = found.pop() if found and isinstance(found[-1], str) else ""
+                found.append(f"{before}{letters[1] or letters[0]}")
         return tuple(found)
 
     def weight_here(self) -> bool:
@@ -204,7 +178,7 @@ class _Parser:
             self.fail(self.place, f"the weight {bad[1]!r} is no number")
         return bad is not None
 
-    def round(self) -> tuple[Node, ...]:
+    def round(self) -> Node:
         """(nodes) or (nodes:weight)."""
         start, weight = self.place, STRESS
         self.place += 1
@@ -215,36 +189,35 @@ class _Parser:
             weight, self.place = float(found[1]), found.end()
         else:
             self.place += 1
-        return (Stressed(nodes, weight),)
+        return Stressed(nodes, weight)
 
-    def square(self) -> tuple[Node, ...]:
+    def square(self) -> Node:
         """[nodes], [a|b], [from:to:when] or [to:when]; with a colon but no number behind it, [nodes] again."""
-        start = self.place
-        parts: list[tuple[Node, ...]] = []
-        signs: list[str] = []
-        while not signs or signs[-1] != "]":
+        start, signs, parts = self.place, "", list[tuple[Node, ...]]()
+        while not signs.endswith("]"):
             self.place += 1
             parts.append(self.nodes("]|:"))
             if self.place >= len(self.text):
                 self.fail(start, "'[' is never closed")
-            signs.append(self.text[self.place])
+            signs += self.text[self.place]
         self.place += 1
-        if "|" in signs:
-            choices: list[tuple[Node, ...]] = [parts[0]]
-            for sign, part in zip(signs, parts[1:], strict=False):
-                choices = [*choices, part] if sign == "|" else [*choices[:-1], (*choices[-1], ":", *part)]
-            return (Alternating(tuple(choices)),)
+        choices = [parts[0]]
+        for sign, part in zip(signs, parts[1:], strict=False):
+            if sign == "|":
+                choices.append(part)
+            else:
+                choices[-1] = (*choices[-1], ":", *part)
+        if len(choices) > 1:
+            return Changing(tuple(choices), lambda step, steps: step % len(choices))
         last = parts[-1]
         when = re.fullmatch(rf"\s*({NUMBER})\s*", last[0]) if len(last) == 1 and isinstance(last[0], str) else None
-        if len(parts) in (2, 3) and when:
-            value, share = float(when[1]), "." in when[1]
-            if value < 0 or (share and value > 1):
-                self.fail(start, f"{when[1]} is no share of the steps from 0. to 1., nor a number of them")
-            return (Scheduled(parts[0] if len(parts) == 3 else (), parts[-2], value, share),)
-        joined: tuple[Node, ...] = parts[0]
-        for part in parts[1:]:
-            joined = (*joined, ":", *part)
-        return (Stressed(joined, 1 / STRESS),)
+        if len(parts) not in (2, 3) or not when:
+            return Stressed(choices[0], 1 / STRESS)
+        value, share = float(when[1]), "." in when[1]
+        if value < 0 or (share and value > 1):
+            self.fail(start, f"{when[1]} is no share of the steps from 0. to 1., nor a number of them")
+        before = parts[0] if len(parts) == 3 else ()
+        return Changing((before, parts[-2]), lambda step, steps: int(step >= (value * steps if share else value)))
 
     def fail(self, place: int, what: str) -> NoReturn:
         shown = self.text[max(0, place - 12) : place + 20].replace("\n", " ")
