@@ -15,21 +15,22 @@ from ldm.diffusion.samplers.multistep import ipndm
 from ldm.diffusion.schedules import BLIND
 
 
-def _staged(levels: Sequence[float], corrections: Sequence[Sequence[float]]) -> list[Row]:
-    """A step from levels[0] to levels[-1], its stages at the levels between.
+def _stages(
+    levels: Sequence[float], kept: Sequence[float], weights: Sequence[Sequence[float]], *, shown: bool = False
+) -> list[Row]:
+    """A row for each stage of a step: `kept` of the state that it began with, and `weights` on the past, oldest first.
 
-    Stage k is the first-order step from the start to its level, corrected by corrections[k] times the differences of
-    x0 at the stages before it from x0 at the start, oldest first. As each is linear in x and those, a stage follows
-    from the one before it, and nobody has to remember where the step began.
+    Evaluated at levels[k]. A stage follows linearly from the one before it: nobody has to remember where it all began.
     """
-    rows, before = [], [0.0] * len(levels)
-    for (s, t), now in zip(pairwise(levels), corrections, strict=True):
-        weights = [new - t / s * old for new, old in zip(now, before, strict=False)]
-        if weights:
-            weights[-1] -= 1 - t / s
-            weights = [*weights[::-1], -sum(weights)]
-        rows.append(Row(s, t, t / s, weights))
-        before[: len(now)] = now
+    rows: list[Row] = []
+    last, before = 1.0, [0.0] * len(levels)
+    for (s, t), keep, now in zip(pairwise(levels), kept, weights, strict=True):
+        ratio = keep / last
+        row = [new - ratio * old for new, old in zip(now, before, strict=False)]
+        row[-1] -= 1 - ratio
+        told = t if shown or len(rows) == len(kept) - 1 else None
+        rows.append(Row(s, told, ratio, row[::-1] if any(row) else ()))
+        last, before[: len(now)] = keep, now
     return rows
 
 
@@ -42,11 +43,10 @@ def _corrected(
     the geometric mean. DPM-Solver++(2S): unit s, with which the correction stays small over any step. end: the level
     with the noise `up`, t where there is none.
     """
-    if t == 0 or (s > BLIND and unit != s):
-        rows = [Row(s, t, t / s)]
-    else:
-        rows = _staged([s, middle, t], [(), ((s - t) / unit,)])
-        rows[0] = rows[0]._replace(t=None)
+    rows = [Row(s, t, t / s)]
+    if t > 0 and (s <= BLIND or unit == s):
+        change = (s - t) / unit
+        rows = _stages([s, middle, t], [middle / s, t / s], [[1 - middle / s], [1 - t / s - change, change]])
     rows[0] = rows[0]._replace(lift=lift)
     rows[-1] = rows[-1]._replace(t=t if end is None else end, up=up)
     return rows
@@ -139,14 +139,16 @@ def _dpm_step(levels: Sequence[float]) -> list[Row]:
     """
     s, *inner, t = levels
     shares = [math.log(s / level) / math.log(s / t) for level in inner]  # r_1 and r_2
-    corrections: list[Sequence[float]] = [()]
+    changes: list[list[float]] = [[]]  # of each stage, by the differences of x0 from that at the start
     if len(inner) == 1:
-        corrections.append([(s - t) / (2 * shares[0] * inner[0])])
+        changes.append([(s - t) / (2 * shares[0] * inner[0])])
     elif inner:
         h, (first, second), (r1, r2) = math.log(s / t), inner, shares
         bend, last = r2 / r1 * _phi(r2 * h), t * _phi(h) / r2
-        corrections += [[second * bend / first], [-last * bend / first, last / second]]
-    return _staged(levels, corrections)
+        changes += [[second * bend / first], [-last * bend / first, last / second]]
+    kept = [level / s for level in levels[1:]]
+    weights = [[1 - keep - sum(change), *change] for keep, change in zip(kept, changes, strict=True)]
+    return _stages(levels, kept, weights, shown=True)
 
 
 def dpm_solver(grid: Grid, *, order: int = 3) -> list[Row]:
@@ -203,18 +205,6 @@ def dpm_adaptive(
         yield from follow(model, x, _dpm_step([s, grid[-1]]), noise)
 
 
-def _runge_kutta(levels: Sequence[float], shares: Sequence[float]) -> list[Row]:
-    """A step over the levels of its stages, each from the slope of the one before it; on the noise."""
-    rows, before, s, t = [], [0.0] * len(shares), levels[0], levels[-1]
-    for k, (level, end) in enumerate(zip(levels, [*levels[1:], t], strict=True)):
-        slopes = [*[0.0] * k, end - s] if k + 1 < len(levels) else [(t - s) * share for share in shares]
-        weights = [(new - old) / u for new, old, u in zip(slopes, before, levels, strict=False)]
-        weights[-1] += 1 - end / level
-        rows.append(Row(level, None, end / level, weights[::-1]))
-        before[: len(slopes)] = slopes
-    return [*rows[:-1], rows[-1]._replace(t=t)]
-
-
 def mean(s: float, t: float) -> float:
     """The middle of a step in sigma, in which Runge-Kutta 4 is of fourth order."""
     return (s + t) / 2
@@ -236,5 +226,8 @@ def pseudo(grid: Grid, *, starts: int, middle: Callable[[float, float], float] =
         elif t == 0 or s > BLIND:
             rows.append(Row(s, t, t / s))
         else:
-            rows += _runge_kutta([s, *[middle(s, t)] * (len(shares) - 2), t], shares)
+            levels = [s, *[middle(s, t)] * (len(shares) - 2), t, t]  # each stage from the slope of the one before it
+            slopes = [[*[0.0] * k, (end - s) / level] for k, (level, end) in enumerate(pairwise(levels[:-1]))]
+            whole = [(t - s) * share / level for share, level in zip(shares, levels, strict=False)]
+            rows += _stages(levels, [1.0] * len(shares), [*slopes, whole])
     return rows
