@@ -3,18 +3,19 @@
 Exponential (Polyak & Juditsky 1992), or by powers of time (Karras et al. 2024, arXiv:2312.02696, Sec. 3).
 """
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from itertools import accumulate, groupby
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ldm.files import replacing
+from ldm.checkpoints.files import save
 from ldm.training.config import EmaConfig
 from ldm.training.posthoc import exponent
 from ldm.training.sharding import copied
+
+PART = 2**24  # numbers that an update on a GPU takes at once: their differences need memory
 
 
 class Ema:
@@ -25,6 +26,8 @@ class Ema:
         self.parameters: list[Tensor] = list(parameters.values())
         self.exponents = [exponent(width) for width in config.widths]
         self.shadows = [[p.detach().clone().float() for p in self.parameters] for _ in config.widths or (0,)]
+        parts = enumerate(end // PART for end in accumulate(p.numel() for p in self.parameters))
+        self.parts = [[i for i, _ in part] for _, part in groupby(parts, key=lambda pair: pair[1])]
 
     def decays(self, step: int) -> list[float]:
         """The decay of each shadow at update `step`, the first being 0: short at first, to forget the start."""
@@ -39,10 +42,17 @@ class Ema:
             weight = alive * (1 - decay)
             if weight.device.type == "cpu":  # a number costs no wait here, and takes one pass
                 torch._foreach_lerp_(shadow, self.parameters, float(weight))
-                continue
-            difference = torch._foreach_sub([p.detach() for p in self.parameters], shadow)
+            else:
+                self.move(shadow, weight)
+
+    def move(self, shadow: list[Tensor], weight: Tensor) -> None:
+        """Move one by a weight that stays on its device, in parts: the differences are nowhere all at once."""
+        for part in self.parts:
+            own = [shadow[i] for i in part]
+            difference = torch._foreach_sub([self.parameters[i].detach() for i in part], own)
             torch._foreach_mul_(difference, weight)
-            torch._foreach_add_(shadow, difference)
+            torch._foreach_add_(own, difference)
+            del difference
 
     def tensors(self) -> dict[str, Tensor]:
         """The shadows by name, to be saved and to be filled."""
@@ -54,23 +64,6 @@ class Ema:
 
     def write(self, folder: Path, step: int, *, keep: bool = True) -> None:
         """Keep the averages as they are after `step` updates, in fp16, for `posthoc.reconstruct`; see `copied`."""
-        tensors = {name: value.half().contiguous() for name, value in copied(self.tensors(), keep=keep).items()}
-        if not keep:
-            return
-        folder.mkdir(exist_ok=True)
-        with replacing(folder / f"{step:08d}.safetensors") as temporary:
-            save_file(tensors, temporary, {"widths": " ".join(map(str, self.config.widths))})
-
-    @contextmanager
-    def applied(self) -> Iterator[None]:
-        """Within it the parameters hold the first average; the memory of both is swapped, nothing is copied."""
-        self._swap()
-        try:
-            yield
-        finally:
-            self._swap()
-
-    def _swap(self) -> None:
-        shadow = self.shadows[0]
-        for index, parameter in enumerate(self.parameters):
-            parameter.data, shadow[index] = shadow[index], parameter.data
+        tensors = {name: value.half() for name, value in copied(self.tensors(), keep=keep).items()}
+        if keep:
+            save(folder / f"{step:08d}.safetensors", tensors, {"widths": " ".join(map(str, self.config.widths))})

@@ -25,10 +25,10 @@ from ldm.training.folder import RunFolder, check_same
 from ldm.training.guard import Guard
 from ldm.training.learner import Learner, Losses, Objective
 from ldm.training.meter import Clock, Meter, memory, scalars
-from ldm.training.optim import named, rate
+from ldm.training.optim import rate
 from ldm.training.processes import Processes
 from ldm.training.progress import Bar, facts
-from ldm.training.sharding import copied, gathered
+from ldm.training.sharding import copied, holding
 from ldm.training.signals import interrupts
 
 
@@ -91,8 +91,8 @@ def train(task: Task, config: VaeRun | LdmRun, path: Path) -> Outcome:
             for i, objective in enumerate(objectives)
         ]
         by_name = {learner.objective.name: learner for learner in learners}
-        averaged = named({name: task.networks[name] for name in task.averaged})
-        ema = Ema({name: p for name, p in averaged.items() if p.requires_grad}, run.ema)
+        averaged = nn.ModuleDict({name: task.networks[name] for name in task.averaged})
+        ema = Ema({name: p for name, p in averaged.named_parameters() if p.requires_grad}, run.ema)
         meter, guard, clock = Meter(device), Guard(device, run.max_skipped), Clock()
 
         def resume() -> int:
@@ -137,8 +137,7 @@ def train(task: Task, config: VaeRun | LdmRun, path: Path) -> Outcome:
         @contextmanager
         def evaluating() -> Iterator[None]:
             """With the averaged weights, and not compiled once more for other shapes and without gradients."""
-            kept = dict(zip(ema.names, ema.shadows[0], strict=True))
-            averages = gathered(learners[0].module.networks, kept) if split else ema.applied()
+            averages = holding(averaged, dict(zip(ema.names, ema.shadows[0], strict=True)))
             with torch.no_grad(), averages, accelerator.autocast(), torch.compiler.set_stance("force_eager"):
                 yield
             processes.wait()

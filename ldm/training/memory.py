@@ -8,22 +8,21 @@ import os
 import sys
 import weakref
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from ldm.errors import UserError
 from ldm.training.config import LdmRun, VaeRun
 from ldm.training.processes import launched, precision
 
 
-@dataclass(frozen=True)
-class Memory:
+class Memory(NamedTuple):
     """Bytes: held of networks that are not trained; step of activations and gradients at the worst moment."""
 
     weights: int
@@ -34,16 +33,21 @@ class Memory:
 
     @property
     def total(self) -> int:
-        return self.weights + self.held + self.average + self.optimizer + self.step
+        return sum(self)
 
     def __str__(self) -> str:
-        parts = {"weights": self.weights + self.held, "their average": self.average, "optimiser": self.optimizer}
-        parts["gradients and activations"] = self.step
-        return f"{size(self.total)} for a step: " + ", ".join(f"{name} {size(n)}" for name, n in parts.items())
+        weights, average, optimizer, step = map(size, (self.weights + self.held, *self[2:]))
+        return (
+            f"{size(self.total)} for a step: weights {weights}, their average {average}, optimiser {optimizer}, "
+            f"gradients and activations {step}"
+        )
 
 
 class Counter(TorchDispatchMode):
-    """Within it, counts the bytes of tensors that live at one time, besides `known` ones, and remembers the peak."""
+    """Within it, counts the bytes of tensors that live at one time, besides `known` ones, and remembers the peak.
+
+    A number that is asked of a tensor without data, a noise level, say, is 1.
+    """
 
     def __init__(self, known: list[Tensor]) -> None:
         super().__init__()
@@ -51,8 +55,10 @@ class Counter(TorchDispatchMode):
         self._known: weakref.WeakSet[Any] = weakref.WeakSet(tensor.untyped_storage() for tensor in known)
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is torch.ops.aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
+            return 1.0
         result = function(*args, **(kwargs or {}))
-        for value in torch.utils._pytree.tree_leaves(result):
+        for value in tree_leaves(result):
             if isinstance(value, Tensor) and (storage := value.untyped_storage()) not in self._known:
                 self._known.add(storage)
                 self.live += storage.nbytes()
@@ -79,9 +85,10 @@ def predict(task: Any, config: VaeRun | LdmRun, processes: int = 1, device: torc
     sample = task.dataset.__getitems__([0])
     with FakeTensorMode(allow_non_fake_inputs=True), torch.compiler.set_stance("force_eager"):
         double, tensors = _double(task, device)
+        double.hint = "none"  # of the size of any, and drawn by no library that wants to see the picture
         batch: dict[str, Any] = {"step": 10**9} | {name: _grown(value, share, device) for name, value in sample.items()}
         if isinstance(config, LdmRun) and config.cache:
-            with torch.no_grad():
+            with Counter(tensors), torch.no_grad():
                 shape = double.latent(batch).shape
             batch |= {name: torch.empty(shape, dtype=torch.float16, device=device) for name in ("mean", "std")}
             del batch["image"]
@@ -96,13 +103,12 @@ def predict(task: Any, config: VaeRun | LdmRun, processes: int = 1, device: torc
         split = _bytes(_trained(double.objectives()[0].networks.values())) if config.run.shard else 0
     away = split - split // processes  # what others keep
     copies = (config.optim.accumulate > 1) + (processes > 1)  # gradients that wait for more, or to be sent
-    average = (averaged - away) * max(len(config.run.ema.widths), 1)
     return Memory(
         weights=trained + (split // processes if away else 0),
         held=_bytes(tensors) - trained,
-        average=average,
+        average=(averaged - away) * max(len(config.run.ema.widths), 1),
         optimizer=int((trained - away) * STATE[config.optim.kind]),
-        step=max(counter.peak + copies * trained, trained + average),  # backward, or the average moves by a difference
+        step=counter.peak + copies * trained,
     )
 
 
@@ -134,12 +140,12 @@ def _double(task: Any, device: torch.device) -> tuple[Any, list[Tensor]]:
         empty = torch.empty_like(value, device=device)
         return nn.Parameter(empty, value.requires_grad) if isinstance(value, nn.Parameter) else empty
 
-    parts = {name: list(v.values()) if isinstance(v, dict) else [v] for name, v in vars(task).items()}
-    copied = {name for name, values in parts.items() if any(isinstance(v, nn.Module | Tensor) for v in values)}
-    inside = [v for name in copied for v in parts[name]]
+    double, parts = copy.copy(task), {name: tree_leaves(kept) for name, kept in vars(task).items()}
+    copied = {name for name, leaves in parts.items() if any(isinstance(v, nn.Module | Tensor) for v in leaves)}
+    inside = [leaf for name in copied for leaf in parts[name]]
     tensors = [t for m in inside for t in ((m,) if isinstance(m, Tensor) else (*m.parameters(), *m.buffers()))]
     memo: dict[int, Any] = {id(tensor): fake(tensor) for tensor in tensors}
-    fakes, double = list(memo.values()), copy.copy(task)
+    fakes = list(memo.values())
     for name in copied:
         setattr(double, name, copy.deepcopy(getattr(task, name), memo))
     double.device = device

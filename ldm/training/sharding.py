@@ -39,18 +39,18 @@ def copied(tensors: Mapping[str, Tensor], *, keep: bool = True) -> dict[str, Ten
 
 
 @contextmanager
-def gathered(networks: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
-    """Within it split networks hold whole parameters in every process, of these values where they are given."""
+def holding(networks: nn.ModuleDict, values: Mapping[str, Tensor]) -> Iterator[None]:
+    """Within it networks hold whole parameters, these where they are given by name, in memory that is theirs."""
     own = dict(networks.named_parameters())
-    wholes = {name: whole(values.get(name, parameter).detach()) for name, parameter in own.items()}
-    _put(networks, {name: nn.Parameter(value, own[name].requires_grad) for name, value in wholes.items()})
+    held = {n: nn.Parameter(whole(values.get(n, p).detach()), p.requires_grad) for n, p in own.items()}
+
+    def put(parameters: Mapping[str, nn.Parameter]) -> None:
+        for name, parameter in parameters.items():
+            path, _, leaf = name.rpartition(".")
+            setattr(networks.get_submodule(path), leaf, parameter)
+
+    put(held)
     try:
         yield
     finally:
-        _put(networks, own)
-
-
-def _put(networks: nn.Module, parameters: Mapping[str, nn.Parameter]) -> None:
-    for name, parameter in parameters.items():
-        path, _, leaf = name.rpartition(".")
-        setattr(networks.get_submodule(path), leaf, parameter)
+        put(own)

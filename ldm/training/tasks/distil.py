@@ -90,6 +90,7 @@ class DistilTask(DenoisingTask):
         self.averaged = tuple(self.networks)
         steps = self.schedule.steps(self.distil.steps * self.stride, self.config.defaults.schedule)
         self.grid = torch.as_tensor([float(level) for level in steps], dtype=torch.float32)
+        self.steps: list[float] = self.grid.tolist()
 
     def to(self, device: torch.device) -> None:
         self.teacher.to(device)
@@ -161,7 +162,7 @@ class DistilTask(DenoisingTask):
         order = (data.shards, data.captions, data.size, data.seed, data.readers, data.window)
         made = (asdict(config.schedule), config.prediction, self.distil.guidance, config.run.precision, config.run.seed)
         entries = self.pictures.shards.entries
-        about = [[digest(file) for file in files], [e.sha256 for e in entries], order, made, self.grid.tolist()]
+        about = [[digest(file) for file in files], [e.sha256 for e in entries], order, made, self.steps]
         with Bar(self.distil.paths) as bar:
 
             def show(done: int, total: int) -> None:
@@ -187,10 +188,9 @@ class DistilTask(DenoisingTask):
 
     def _path(self, teacher: Denoise, noise: Latent) -> Iterator[tuple[float, Latent]]:
         """Each level and what the teacher has there, from noise of deviation 1 to a picture."""
-        levels = self.grid.tolist()
-        x = noise * self.schedule.start(levels[0])
-        yield levels[0], x
-        for step in SOLVERS["dpmpp_2m"](teacher, x, levels, torch.zeros_like):
+        x = noise * self.schedule.start(self.steps[0])
+        yield self.steps[0], x
+        for step in SOLVERS["dpmpp_2m"](teacher, x, self.steps, torch.zeros_like):
             yield step.sigma, step.x
 
     def export(self, path: Path, provenance: dict[str, Any]) -> None:
