@@ -115,7 +115,7 @@ def round_trip(painter: Pipeline, request: Request, canvas: Canvas) -> str:
     *_, last = painter.sample([source], canvas)
     height, width = canvas.image.shape[2:]
     padded = canvas.padded(*(math.ceil(side / multiple) * multiple for side in (height, width)))
-    known = painter.decode(encode(painter.model, padded.image).mode)
+    known = painter.decode(encode(painter.model.autoencoder, padded.image).mode)
     error = float((painter.decode(last.x).clamp(-1, 1) - known.clamp(-1, 1)).square().mean())
     return f"inverted: {request.invert[:40]!r} comes back at {10 * math.log10(4 / max(error, 1e-10)):.1f} dB"
 

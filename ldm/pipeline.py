@@ -33,7 +33,7 @@ from ldm.restore import Damage
 from ldm.restore import parse as parse_damage
 from ldm.shapes import Image, Latent, Sigma, Sigmas
 from ldm.start import begin, decode
-from ldm.steering import Control, controlled, parse, read_controls, read_picture_prompt
+from ldm.steering import Control, controlled, read_controls, read_picture_prompt
 from ldm.text import inversion
 from ldm.text.prompt import WILDCARD
 from ldm.text.reader import Reader
@@ -182,12 +182,12 @@ class Pipeline:
         denoiser = controlled(self.denoiser, self.controls, sigmas, (r.height, r.width))
         if r.tile and self.controls:
             raise UserError("--tile does not go with a control: its hint is of the whole picture")
-        x, denoise = start.x, self._guided("", denoiser, requests, sigmas, start.concat)
+        x, denoise = start.x, self._guided(self, denoiser, requests, sigmas, start.concat)
         if r.invert:
             before = [o.unguided() for o in requests]
-            x = invert(self._guided("", denoiser, before, sigmas, start.concat), x, sigmas)
+            x = invert(self._guided(self, denoiser, before, sigmas, start.concat), x, sigmas)
         if self.refiner is not None:
-            last = self._guided("refiner ", self.refiner.denoiser, requests, sigmas)
+            last = self._guided(self.refiner, self.refiner.denoiser, requests, sigmas)
             denoise = interval(last, denoise, 0.0, self.limits.handover(r))
         denoise = start.hold(denoise)
         if r.restore and canvas is not None:
@@ -195,14 +195,18 @@ class Pipeline:
         yield from find_sampler(r.sampler)(denoise, x, sigmas, noise)
 
     def _guided(
-        self, of: str, denoiser: Conditional, requests: Sequence[Request], sigmas: Sigmas, concat: Latent | None = None
+        self,
+        by: "Pipeline",
+        denoiser: Conditional,
+        requests: Sequence[Request],
+        sigmas: Sigmas,
+        concat: Latent | None = None,
     ) -> Denoise:
-        """A denoiser bound to requests by its own model's text side; of: "" for this model, "refiner "."""
-        tile = requests[0].tile
+        """A denoiser bound to requests by the text side of its own model: this one's, or the refiner's."""
+        of, tile = "" if by is self else "refiner ", requests[0].tile
         denoiser = windows(denoiser, tile // self.model.autoencoder.factor) if tile else denoiser
         self.place(f"{of}text")
-        reader = self.refiner.reader if of and self.refiner is not None else self.reader
-        guided = reader.guide(denoiser, requests, sigmas, concat)
+        guided = by.reader.guide(denoiser, requests, sigmas, concat)
 
         def denoise(x: Latent, sigma: Sigma) -> Latent:
             self.place(f"{of}backbone")  # at each step again, as a preview may have moved it away
@@ -246,9 +250,9 @@ class Pipeline:
     def _decode(self, latent: Latent) -> Image:
         self.place("autoencoder")
         autoencoder = self.model.autoencoder
-        image = decode(self.model, latent.to(PRECISIONS[self._made.precision])).float()
+        image = decode(autoencoder, latent.to(PRECISIONS[self._made.precision])).float()
         if not image.isfinite().all():  # half precision overflows in some decoders
-            image = copy.deepcopy(autoencoder).float().decode(latent.float())
+            image = decode(copy.deepcopy(autoencoder).float(), latent.float())
         if not image.isfinite().all():
             raise UserError("the picture came out as NaN, in fp32 too: nothing was written; try --precision fp32")
         return image
@@ -301,9 +305,10 @@ class Pipeline:
         self.refiner, refiner.model.autoencoder = refiner, self.model.autoencoder
 
     def show(self, spec: str, picture: Path, tower: Path) -> None:
-        """Let every picture from now on resemble this one, by an IP-Adapter: see `read_picture_prompt`."""
-        self.reader.show = read_picture_prompt(self.model, spec, picture, tower)
-        self._put_in("ip-adapter", *parse(spec)[:1], f":{parse(spec)[1]:g}")
+        """Let every picture from now on resemble this one, by an IP-Adapter, given as FILE or FILE:WEIGHT."""
+        path, weight = lora.parse(spec)
+        self.reader.show = read_picture_prompt(self.model, path, weight, picture, tower)
+        self._put_in("ip-adapter", path, f":{weight:g}")
         self._put_in("ip-image", picture)
 
     def _put_in(self, kind: str, path: Path, how: str = "") -> None:

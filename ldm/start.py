@@ -16,6 +16,7 @@ from ldm.diffusion.guidance import Denoise
 from ldm.diffusion.noise import SeededNoise
 from ldm.models import stripes
 from ldm.models.autoencoder import Autoencoder, Gaussian
+from ldm.models.taesd import TinyAutoencoder
 from ldm.request import Request
 from ldm.shapes import Image, Latent
 
@@ -36,19 +37,16 @@ class Start:
         return denoise if self.known is None or self.mask is None else keep(denoise, self.known, self.mask)
 
 
-def encode(model: Model, image: Image) -> Gaussian:
-    """Latents of pictures, in fp32."""
-    autoencoder, pixels = model.autoencoder, image.to(next(model.autoencoder.parameters()))
-    if isinstance(autoencoder, Autoencoder) and image[0, 0].numel() > LARGE:
-        latents = stripes.encode(autoencoder, pixels)
-    else:
-        latents = autoencoder.encode(pixels)
+def encode(autoencoder: Autoencoder | TinyAutoencoder, image: Image) -> Gaussian:
+    """Latents of pictures, in fp32; of large ones in stripes."""
+    image = image.to(next(autoencoder.parameters()))
+    large = isinstance(autoencoder, Autoencoder) and image[0, 0].numel() > LARGE
+    latents = stripes.encode(autoencoder, image) if large else autoencoder.encode(image)  # type: ignore[arg-type]
     return Gaussian(*(part.float() for part in latents))
 
 
-def decode(model: Model, latent: Latent) -> Image:
+def decode(autoencoder: Autoencoder | TinyAutoencoder, latent: Latent) -> Image:
     """Pictures of latents; large ones in stripes."""
-    autoencoder = model.autoencoder
     if isinstance(autoencoder, Autoencoder) and latent[0, 0].numel() * autoencoder.factor**2 > LARGE:
         return stripes.decode(autoencoder, latent)
     return autoencoder.decode(latent)
@@ -73,7 +71,7 @@ def begin(
     anew = mask is not None and r.strength == 1  # under the mask nothing is left of what was there
     known = None
     if canvas is not None and not (anew and inpaints):
-        latents = encode(model, canvas.image)
+        latents = encode(autoencoder, canvas.image)
         known = latents.mode.expand_as(empty) if r.invert else latents.sample(noise(empty))
     eps = noise(empty)
     if r.variation:
@@ -85,9 +83,9 @@ def begin(
     painted = None if mask is None else F.adaptive_max_pool2d(mask, cells).to(x)
     if inpaints:
         if canvas is None or mask is None or painted is None:  # a mask that is full, and a picture that is empty
-            painted, rest = torch.ones_like(empty[:, :1]), encode(model, torch.zeros((1, 3, height, width))).mode
+            painted, rest = torch.ones_like(empty[:, :1]), encode(autoencoder, torch.zeros((1, 3, height, width))).mode
         else:
-            painted, rest = painted.round(), encode(model, canvas.image * (mask < 0.5)).sample(noise(empty))
+            painted, rest = painted.round(), encode(autoencoder, canvas.image * (mask < 0.5)).sample(noise(empty))
         return Start(x, concat=torch.cat([painted.expand(n, -1, -1, -1), rest.expand(n, -1, -1, -1)], dim=1))
     if known is None or painted is None:
         return Start(x)

@@ -119,13 +119,12 @@ def _each(flag: str, given: Sequence[Any], specs: Sequence[str]) -> list[Any]:
 Show = Callable[[Conditioning, Conditioning], tuple[Conditioning, Conditioning]]
 
 
-def read_picture_prompt(model: Model, spec: str, picture: Path, tower: Path) -> Show:
-    """Put an IP-Adapter, FILE or FILE:WEIGHT, into a model, seeing a picture through CLIP's image tower in a folder.
+def read_picture_prompt(model: Model, path: Path, weight: float, picture: Path, tower: Path) -> Show:
+    """Put an IP-Adapter into a model, seeing a picture through CLIP's image tower in a folder.
 
     Returned is what lays the picture behind what is wanted, and none behind the rest.
     """
     assert model.backbone is not None
-    path, weight, *_ = parse(spec)
     device = model.backbone.conv_in.weight.device
     adapter = load_ip_adapter(path, model.backbone, device)
     eye = load_image_tower(tower, device)

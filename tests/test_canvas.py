@@ -106,7 +106,7 @@ def test_strength_is_how_many_steps_and_how_much_noise(painter: Pipeline, files:
     watched.denoiser = spy  # type: ignore[assignment]
     spy.schedule = painter.denoiser.schedule  # type: ignore[attr-defined]
     noise = SeededNoise([5])
-    known = encode(painter.model, start.padded(24, 32).image).sample(noise(torch.empty(1, 4, 12, 16)))
+    known = encode(painter.model.autoencoder, start.padded(24, 32).image).sample(noise(torch.empty(1, 4, 12, 16)))
     eps = noise(known)
     for strength, count in ((0.3, 3), (0.99, 9), (1.0, 10)):
         seen.clear()

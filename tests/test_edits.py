@@ -154,13 +154,28 @@ def test_large_pictures_go_through_the_autoencoder_in_stripes(
 ) -> None:
     latent = torch.randn(1, 4, 20, 20, generator=torch.Generator().manual_seed(0))
     image = torch.rand(1, 3, 40, 40) * 2 - 1
-    whole, moments = painter.decode(latent), start.encode(painter.model, image)
+    whole, moments = painter.decode(latent), start.encode(painter.model.autoencoder, image)
     monkeypatch.setattr(start, "LARGE", 30**2)
     calls = []
     inner = start.stripes.decode
     monkeypatch.setattr(start.stripes, "decode", lambda *a: calls.append(1) or inner(*a, rows=7))
     assert (painter.decode(latent) - whole).abs().max() < 1 / 255 and calls
-    torch.testing.assert_close(start.encode(painter.model, image).mean, moments.mean, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(start.encode(painter.model.autoencoder, image).mean, moments.mean, atol=1e-4, rtol=1e-4)
+
+
+def test_a_large_picture_that_overflows_is_tried_again_in_stripes(
+    painter: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whole it would need twice the memory that stripes were there to save."""
+    tried: list[torch.dtype] = []
+
+    def overflow(autoencoder: torch.nn.Module, latent: torch.Tensor) -> torch.Tensor:
+        tried.append(latent.dtype)
+        return torch.full((1, 3, 40, 40), float("nan") if len(tried) == 1 else 0.5)
+
+    monkeypatch.setattr(start, "LARGE", 30**2)
+    monkeypatch.setattr(start.stripes, "decode", overflow)
+    assert (painter.decode(torch.zeros(1, 4, 20, 20)) == 0.5).all() and len(tried) == 2
 
 
 @pytest.mark.parametrize("sampler", ["lcm", "tcd", "euler"])
@@ -216,3 +231,5 @@ def test_a_picture_to_resemble(tiny_model: Path, tmp_path: Path) -> None:
     fresh = pipeline.load(str(tiny_model), "cpu")
     with pytest.raises(UserError, match="reads embeddings of 24 numbers, .* gives 16: another tower"):
         fresh.show(str(adapter), picture, ip_adapter(tmp_path, fresh, 16)[2])
+    with pytest.raises(UserError, match="0-0.5"):  # only a control steers a part of the run
+        fresh.show(f"{adapter}:0.8:0-0.5", picture, tower)

@@ -25,7 +25,7 @@ def decode(autoencoder: Autoencoder, latent: Latent, rows: int = ROWS) -> Image:
     z = z if decoder.codebook is None else decoder.codebook(z)
     h = decoder.mid(decoder.conv_in(decoder.expand(z)))
     for stage in decoder.up:
-        for block in stage.blocks:  # type: ignore[union-attr]
+        for block in stage.blocks:
             h = _res(block, h, rows)
         if isinstance(stage.resample, Upsample):
             h = _striped(h, stage.resample, rows, scale=2)
@@ -38,7 +38,7 @@ def encode(autoencoder: Autoencoder, image: Image, rows: int = ROWS) -> Gaussian
     encoder = autoencoder.encoder
     h = encoder.conv_in(F.pixel_unshuffle(image, encoder.patch))
     for stage in encoder.down:
-        for block in stage.blocks:  # type: ignore[union-attr]
+        for block in stage.blocks:
             h = _res(block, h, rows)
         if isinstance(stage.resample, Downsample):
             h = _down(stage.resample, h, rows)
