@@ -3,6 +3,7 @@
 import dataclasses
 import typing
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -31,7 +32,8 @@ def train_by(kind: type[Run], make: Callable[[Run], Task], usage: str) -> int:
         known, overrides = parser.parse_known_args()
         settings = config.load(kind, known.config, overrides)
     except UserError:
-        meet(RunConfig.timeout)  # those whose command or file is right see this one end
+        with suppress(UserError):  # its own mistake is what it says, though others have ended already
+            meet(RunConfig.timeout)  # those whose command or file is right see this one end
         raise
     meet(settings.run.timeout)
     torch.manual_seed(settings.run.seed)  # of the fresh weights: all else is keyed

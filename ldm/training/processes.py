@@ -19,6 +19,7 @@ from ldm.training.config import OptimConfig, RunConfig
 _PATIENCE = timedelta(days=7)  # for what one process does while the others wait: encoding pictures, validating
 _SHARDED = ("FSDP", "DEEPSPEED", "MEGATRON_LM")
 _LOST = ("gloo", "nccl", "connection", "timed out", "timeout", "socket")  # in the words of those that were left
+_CLOSED = ("closed", "reset by peer", "broken pipe")  # in those of one whose other ended while they met
 
 
 @functools.cache
@@ -34,6 +35,8 @@ def meet(seconds: int) -> dist.ProcessGroup | None:
         PartialState(cpu, timeout=patience)
         return dist.new_group(backend="gloo", timeout=patience) if launched() > 1 else None
     except RuntimeError as error:
+        if any(word in str(error).lower() for word in _CLOSED):
+            raise _alone(get_int_from_env(["RANK"], 0), error) from None
         raise UserError(
             f"the {launched()} processes did not find each other within {seconds} s ({_first_line(error)}): see that "
             "every machine was started and reaches the main one, and that each is reached by the name it calls itself, "
@@ -92,13 +95,16 @@ class Processes:
         try:
             yield
         except RuntimeError as error:
-            first = _first_line(error)
-            if self.count == 1 or not any(word in first.lower() for word in _LOST):
+            if self.count == 1 or not any(word in _first_line(error).lower() for word in _LOST):
                 raise
-            raise UserError(
-                f"process {self.rank} of {self.count} stops, since another one is gone or hangs (its own message says "
-                f"why): {first}. The same command goes on from the last checkpoint"
-            ) from None
+            raise _alone(self.rank, error) from None
+
+
+def _alone(rank: int, error: Exception) -> UserError:
+    return UserError(
+        f"process {rank} of {launched()} stops, since another one is gone or hangs (its own message says why): "
+        f"{_first_line(error)}. The same command goes on from the last checkpoint"
+    )
 
 
 def _first_line(error: Exception) -> str:

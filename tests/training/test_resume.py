@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from training.trainee import SHARDS, Server, Trainee, records, result
 
 from ldm.training import checkpoint
@@ -145,6 +146,20 @@ def test_processes_that_cannot_be_together_do_not_train_alone(server: Server, tm
     trainee = server.start("vae", tmp_path, ["--run.timeout", "2"], more=lone)
     assert trainee.wait(60) == [2], trainee.said
     assert "2 processes did not find each other within 2 s" in trainee.said and "Traceback" not in trainee.said
+
+
+def test_a_rank_that_ends_while_they_meet_is_named_as_the_reason(server: Server, tmp_path: Path):
+    main = dist.TCPStore("127.0.0.1", 0, 2, is_master=True, wait_for_workers=False)
+    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(main.port)}
+    before = main.num_keys()
+    trainee = server.start("vae", tmp_path, more={"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"} | where)
+    while main.num_keys() < before + 2:  # it has come, and said where it is reached
+        assert trainee.running(0), trainee.said
+        time.sleep(0.02)
+    del main
+    assert trainee.wait(60) == [2], trainee.said
+    assert "process 1 of 2 stops, since another one is gone or hangs" in trainee.said
+    assert "Traceback" not in trainee.said
 
 
 def test_a_rank_that_dies_takes_the_other_down_with_a_message(server: Server, tmp_path: Path):
