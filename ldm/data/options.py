@@ -53,6 +53,9 @@ class PrepareConfig:
     )
     near_distance: int = _number(4, "bits of 64 by which perceptual hashes of near duplicates may differ (4)", 0, 16)
     background: str = _option("white", "colour under transparent pixels: a name or #rrggbb (white)")
+    recolour: int | None = _option(
+        None, "paint each picture that has a colour word in another one, drawn by this seed; templates alone name it"
+    )
     format: Literal["webp", "jpg", "png"] | None = _option(None, "write this (keep bytes that fit, else webp)")
     quality: int = _number(90, "of webp and jpg (90)", 1, 100)
     # Captions
@@ -128,7 +131,9 @@ def check_names(config: PrepareConfig, names: Sequence[str]) -> None:
     for name in config.max_captions:
         if name and name not in names:
             raise UserError(f"no source is called {name!r}{nearest(name, list(names))}")
-    read_templates(config.templates, names)
+    templates = read_templates(config.templates, names)
+    if config.recolour is not None and not any("colour" in template.fields() for template in templates):
+        raise UserError(f"recolour {config.recolour} needs a caption template with {{colour}}: a {{colour}} {{name}}")
 
 
 def add_flags(parser: argparse.ArgumentParser, **defaults: Any) -> None:

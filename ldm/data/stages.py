@@ -17,6 +17,7 @@ from ldm.data.buckets import cover, nearest_bucket
 from ldm.data.captions import clean, own_captions, plain, read_templates
 from ldm.data.images import finish, has_alpha, other_colours, start
 from ldm.data.options import PrepareConfig
+from ldm.data.recolour import PAINTS, another, painted
 from ldm.errors import UserError
 
 SUFFIX = {"WEBP": "webp", "JPEG": "jpg", "PNG": "png"}
@@ -74,7 +75,16 @@ def run(stages: Mapping[str, Stage], record: Record, seen: collections.Counter[s
 def choosing(config: PrepareConfig, names: Sequence[str]) -> dict[str, Stage]:
     """The stages that choose by captions and headers alone."""
     templates = read_templates(config.templates, names)
+    if config.recolour is not None:
+        templates = [template for template in templates if "colour" in template.fields()]
     tidy = clean if config.raw_captions else plain
+
+    def recolour(record: Record) -> Record:
+        colour = str(record.columns.get("colour") or "")
+        if colour not in (*PAINTS, "grey", "black"):
+            raise Dropped("no colour to change")
+        new = another(colour, f"{config.recolour}/{record.source}/{record.id}")
+        return record._replace(columns={**record.columns, "colour": new, "captions": []})
 
     def captions(record: Record) -> Record:
         limit = config.max_captions.get(record.source, config.max_captions.get(""))
@@ -118,7 +128,14 @@ def choosing(config: PrepareConfig, names: Sequence[str]) -> dict[str, Stage]:
             raise Dropped(f"longer than {config.max_aspect:g}:1", f"{width} x {height}")
         return record
 
-    return {"captions": captions, **({"match": match} if config.match else {}), "open": open_, "limits": limits}
+    first = {"recolour": recolour} if config.recolour is not None else {}
+    return {
+        **first,
+        "captions": captions,
+        **({"match": match} if config.match else {}),
+        "open": open_,
+        "limits": limits,
+    }
 
 
 def making(config: PrepareConfig) -> dict[str, Stage]:
@@ -159,6 +176,9 @@ def making(config: PrepareConfig) -> dict[str, Stage]:
             suffix=SUFFIX[str(found.format)] if as_it_is else "",
         )
 
+    def paint(record: Record) -> Record:
+        return record.noted("recoloured", image=painted(record.pixels, record.columns["colour"]), suffix="")
+
     def encode(record: Record) -> Record:
         if record.suffix:
             return record.noted("bytes kept")
@@ -167,7 +187,7 @@ def making(config: PrepareConfig) -> dict[str, Stage]:
         record.pixels.save(target, kind, quality=config.quality)
         return record.noted("encoded", data=target.getvalue(), suffix=suffix)
 
-    return {"decode and fit": fit, "encode": encode}
+    return {"decode and fit": fit, **({"paint": paint} if config.recolour is not None else {}), "encode": encode}
 
 
 def small(record: Record, config: PrepareConfig, side: int) -> Image.Image:
