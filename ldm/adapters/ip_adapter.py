@@ -5,6 +5,7 @@ The picture's tokens stand behind the text's in `Conditioning.tokens`; each atte
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
@@ -78,15 +79,15 @@ class IPAdapter(nn.Module):
         return replace(cond, tokens=torch.cat([cond.tokens, tokens.expand(len(cond), -1, -1)], dim=1))
 
 
-class Worn:
-    """An adapter in a UNet."""
+class Worn(NamedTuple):
+    """An adapter in a UNet: the blocks that it is in, and what stood there."""
 
-    def __init__(self, places: Sequence[TransformerBlock], own: Sequence[Attention]) -> None:
-        self._places, self._own = places, own
+    places: Sequence[TransformerBlock]
+    own: Sequence[Attention]
 
     def eject(self) -> None:
         """Give the UNet its own attention back, the very same."""
-        for block, attn in zip(self._places, self._own, strict=True):
+        for block, attn in zip(self.places, self.own, strict=True):
             block.attn2 = attn
 
 

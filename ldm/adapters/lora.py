@@ -1,8 +1,7 @@
-"""Low-rank adapters: LoRA (Hu et al. 2021, arXiv:2106.09685), also on convolutions, and DoRA (Liu et al. 2024,
-arXiv:2402.09353).
+"""LoRA (Hu et al. 2021, arXiv:2106.09685), also on convolutions, and DoRA (Liu et al. 2024, arXiv:2402.09353).
 
-An adapter changes a weight and nothing else. So it costs nothing while a model runs, and it reaches weights that are no
-layer of their own, such as the joined queries, keys and values of the text towers.
+An adapter changes a weight and nothing else: it costs nothing while a model runs, and reaches the text towers' joined
+queries, keys and values too.
 """
 
 from collections.abc import Iterable, Mapping
@@ -79,7 +78,7 @@ class Place(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Patch:
-    """One adapter at one place, with the weight that it was given."""
+    """An adapter at a place, and the weight that it was given."""
 
     place: Place
     adapter: LowRank
@@ -124,11 +123,9 @@ def inject(modules: Modules, adapters: Adapters, weight: float = 1.0) -> Injecte
 
 def fuse(modules: Modules, adapters: Adapters, weight: float = 1.0) -> None:
     """Make adapters part of the networks for good, without keeping what was there before."""
-    patches = [Patch(place, adapter, weight) for place, adapter in adapters]
-    for name, mine in _by_name(patches):
+    for name, mine in _by_name([Patch(place, adapter, weight) for place, adapter in adapters]):
         owner, leaf, original, others = _find(modules, name)
-        fused = nn.Parameter(_patched(original, mine), original.requires_grad)
-        _put(owner, leaf, fused, others)
+        _put(owner, leaf, nn.Parameter(_patched(original, mine), original.requires_grad), others)
 
 
 def _by_name(patches: list[Patch]) -> list[tuple[str, list[Patch]]]:
@@ -142,11 +139,8 @@ def _find(modules: Modules, name: str) -> tuple[nn.Module, str, nn.Parameter, li
     path, _, leaf = inner.rpartition(".")
     owner = modules[network].get_submodule(path)
     parameter = owner.get_parameter(leaf)
-    return (
-        (owner, leaf, parameter.original, parameter.patches)
-        if isinstance(parameter, Adapted)
-        else (owner, leaf, parameter, [])
-    )
+    original, patches = (parameter.original, parameter.patches) if isinstance(parameter, Adapted) else (parameter, [])
+    return owner, leaf, original, patches
 
 
 def _put(owner: nn.Module, leaf: str, original: nn.Parameter, patches: list[Patch]) -> None:

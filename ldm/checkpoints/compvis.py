@@ -34,23 +34,17 @@ _UNET: Rules = [
 
 def unet(module: nn.Module, config: UNetConfig) -> KeyMap:
     """Names in UNetModel, without `model.diffusion_model.`."""
-    blocks, kinds, last = config.res_blocks, {"res": 0, "attn": 1}, len(config.channels) - 1
+    blocks, each, last = config.res_blocks, config.res_blocks + 1, len(config.channels) - 1
+    kinds, sides = {"res": 0, "attn": 1}, {"down": "input", "up": "output"}
     behind = [2 if config.depth[last - step] else 1 for step in range(last + 1)]  # of a level's last block, going up
     numbered: Rules = [
         (r"^mid\.res2\.", f"middle_block.{2 if config.mid_depth else 1}."),
-        (r"^down\.(\d+)\.resample\.conv\.", lambda m: f"input_blocks.{(int(m[1]) + 1) * (blocks + 1)}.0.op."),
+        (r"^down\.(\d+)\.resample\.conv\.", lambda m: f"input_blocks.{(int(m[1]) + 1) * each}.0.op."),
         (
-            r"^down\.(\d+)\.blocks\.(\d+)\.(\w+)\.",
-            lambda m: f"input_blocks.{1 + int(m[1]) * (blocks + 1) + int(m[2])}.{kinds[m[3]]}.",
+            r"^(down|up)\.(\d+)\.blocks\.(\d+)\.(\w+)\.",
+            lambda m: f"{sides[m[1]]}_blocks.{(m[1] == 'down') + int(m[2]) * each + int(m[3])}.{kinds[m[4]]}.",
         ),
-        (
-            r"^up\.(\d+)\.resample\.",
-            lambda m: f"output_blocks.{(int(m[1]) + 1) * (blocks + 1) - 1}.{behind[int(m[1])]}.",
-        ),
-        (
-            r"^up\.(\d+)\.blocks\.(\d+)\.(\w+)\.",
-            lambda m: f"output_blocks.{int(m[1]) * (blocks + 1) + int(m[2])}.{kinds[m[3]]}.",
-        ),
+        (r"^up\.(\d+)\.resample\.", lambda m: f"output_blocks.{int(m[1]) * each + blocks}.{behind[int(m[1])]}."),
     ]
     return renamed(module, _UNET + numbered)
 

@@ -1,8 +1,7 @@
 """The header of a safetensors file, read and checked by ourselves: its library lets through what this refuses.
 
-Refused: duplicate names, holes and overlaps between tensors, trailing bytes, sizes that do not follow from shape and
-type, and names or shapes that no honest file has. The format: 8 bytes of length, a JSON header, the tensors back to
-back.
+Refused: duplicate names, holes and overlaps, trailing bytes, sizes that do not follow from shape and type, and names or
+shapes that no honest file has. The format: 8 bytes of length, a JSON header, the tensors back to back.
 """
 
 import json
@@ -71,13 +70,9 @@ def read_header(path: Path) -> Header:
                 raise ValueError(
                     f"it is cut short, {size} bytes do not even hold its header of {length}: copy it again"
                 )
-            raw = file.read(length)
+            return _check(_parse(file.read(length)), 8 + length, size)
     except OSError as error:
         raise UserError(f"cannot read {str(path)!r}: {error.strerror}") from None
-    except ValueError as error:
-        raise UserError(f"{str(path)!r} is not a whole safetensors file: {error}") from None
-    try:
-        return _check(_parse(raw), 8 + length, size)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{str(path)!r} is not a whole safetensors file: {error or 'nested too deep'}") from None
 

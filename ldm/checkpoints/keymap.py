@@ -83,23 +83,23 @@ class KeyMap:
 
 def union(maps: Iterable[KeyMap]) -> KeyMap:
     """The maps of a model's parts as one."""
-    parts = list(maps)
-    names = {ours: theirs for part in parts for ours, theirs in part.names.items()}
-    return KeyMap(
-        names, frozenset().union(*(p.turned for p in parts)), frozenset().union(*(p.pointwise for p in parts))
-    )
+    whole = KeyMap({})
+    for part in maps:
+        whole = KeyMap(whole.names | part.names, whole.turned | part.turned, whole.pointwise | part.pointwise)
+    return whole
 
 
 def refuse(**faults: Iterable[str]) -> None:
     """UserError that counts the tensors of each fault and names three; nothing where there are none."""
-    listed = [(kind, sorted(names)) for kind, names in faults.items()]
-    said = [
-        f"{len(names)} {kind} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
-        for kind, names in listed
-        if names
-    ]
-    if said:
+    listed = {kind: sorted(names) for kind, names in faults.items()}
+    if said := [f"{len(names)} {kind} ({some(names)})" for kind, names in listed.items() if names]:
         raise UserError(f"tensors do not fit: {'; '.join(said)}")
+
+
+def some(names: Iterable[str]) -> str:
+    """The first three of them."""
+    listed = list(names)
+    return ", ".join(listed[:3]) + (", ..." if len(listed) > 3 else "")
 
 
 def renamed(module: nn.Module, rules: Rules) -> KeyMap:

@@ -21,7 +21,7 @@ from ldm.adapters.lora import LowRank, Place
 from ldm.checkpoints import compvis, diffusers
 from ldm.checkpoints.files import SafeFile, brief
 from ldm.checkpoints.integrity import FLOATS
-from ldm.checkpoints.keymap import KeyMap, refuse
+from ldm.checkpoints.keymap import KeyMap, refuse, some
 from ldm.checkpoints.native import Model, finite
 from ldm.errors import UserError
 
@@ -74,7 +74,7 @@ class Injected:
 
     def __str__(self) -> str:
         """One line for a person."""
-        left = f"; {len(self.unmatched)} have no place in this model: {_some(self.unmatched)}" if self.unmatched else ""
+        left = f"; {len(self.unmatched)} have no place in this model: {some(self.unmatched)}" if self.unmatched else ""
         return f"lora {self.name} at {self.weight:g}: {len(self.matched)} weights changed{left}"
 
 
@@ -137,12 +137,12 @@ def find(model: Model, lora: Lora) -> dict[str, tuple[Place, LowRank]]:
     if misfits:
         raise UserError(
             f"the LoRA {lora.name!r} is for a model of other shapes: {len(misfits)} of its {len(lora.pairs)} places "
-            f"do not fit ({_some(misfits)})"
+            f"do not fit ({some(misfits)})"
         )
     if not found:
         raise UserError(
             f"the LoRA {lora.name!r} changes nothing in this model: none of its {len(lora.pairs)} places is known here "
-            f"({_some([*lora.pairs, *lora.spare])})"
+            f"({some([*lora.pairs, *lora.spare])})"
         )
     return found
 
@@ -232,7 +232,7 @@ def _tensors(file: SafeFile) -> tuple[dict[str, dict[str, Tensor]], tuple[str, .
             broken.add(name)
         pairs.setdefault(place, {})[_ROLES.get(said, said)] = value
     if not pairs:
-        raise UserError(f"this is no LoRA: none of its {len(spare)} tensors belongs to one ({_some(spare)})")
+        raise UserError(f"this is no LoRA: none of its {len(spare)} tensors belongs to one ({some(spare)})")
     least = {"down": 2, "up": 2, "mid": 4}
     refuse(
         **{
@@ -303,8 +303,3 @@ def _adapter(tensors: Mapping[str, Tensor], shape: torch.Size, scale: float) -> 
         ):
             raise ValueError(f"has a magnitude of {list(magnitude.shape)} for {list(shape)}")
     return LowRank(down, up, mid=mid, magnitude=magnitude, scale=scale).requires_grad_(False)
-
-
-def _some(names: Iterable[str]) -> str:
-    listed = list(names)
-    return ", ".join(listed[:3]) + (", ..." if len(listed) > 3 else "")

@@ -1,7 +1,6 @@
 """Our own checkpoint: one safetensors file that says everything about itself and needs no other file.
 
-Tensors stand under `autoencoder.`, `backbone.` and `text.`; the metadata holds a format version and the whole
-ModelSpec as JSON.
+Tensors stand under `autoencoder.`, `backbone.` and `text.`; the metadata holds a format version and the ModelSpec.
 """
 
 import json
@@ -37,10 +36,8 @@ EXTRA = "extra."  # tensors of other layouts that a conversion keeps and no netw
 # No published model comes near these; beyond them a spec of a few bytes could ask for hours or for all the memory.
 MAX_WIDTH, MAX_LEVELS = 2**17, 64
 MAY_BE_ZERO = {"codebook", "depth", "mid_depth", "vector_dim", "mlp", "projection", "size_ids", "id_width"}
-LIMITS = dict.fromkeys(("layers", "layer", "depth", "mid_depth", "res_blocks"), 128) | {
-    "context_length": 2048,
-    "patch": 64,
-}
+LIMITS = dict.fromkeys(("layers", "layer", "depth", "mid_depth", "res_blocks"), 128)
+LIMITS |= {"context_length": 2048, "patch": 64}
 
 
 @dataclass(frozen=True)
@@ -119,19 +116,12 @@ def named(modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
 
 def build(spec: ModelSpec) -> Model:
     """The networks of a spec with fresh weights (on the meta device inside `torch.device("meta")`)."""
-    return Model(
-        spec,
-        Autoencoder(spec.autoencoder),
-        UNet(spec.backbone) if spec.backbone else None,
-        Conditioner(spec.text) if spec.text else None,
-    )
+    backbone = UNet(spec.backbone) if spec.backbone else None
+    return Model(spec, Autoencoder(spec.autoencoder), backbone, Conditioner(spec.text) if spec.text else None)
 
 
 def save(path: Path | str, spec: ModelSpec, modules: dict[str, nn.Module], storage: Storage = "fp32") -> None:
-    """Write a model: whole or not at all.
-
-    int8 keeps the large matrices as int8 with one fp32 scale a row (1/4 of fp32) and the rest in fp16.
-    """
+    """Write a model, whole or not at all. int8: the large matrices, with an fp32 scale a row; the rest in fp16."""
     write(path, spec, pack(named(modules), storage))
 
 
@@ -142,8 +132,12 @@ def pack(weights: Mapping[str, Tensor], storage: Storage) -> dict[str, Tensor]:
 
 def write(path: Path | str, spec: ModelSpec, tensors: Mapping[str, Tensor]) -> None:
     """Write a model's tensors as they are, under a spec."""
-    metadata = {"format": FORMAT, "version": VERSION, SPEC: json.dumps(config.to_dict(spec))}
-    files.save(Path(path), tensors, metadata)
+    files.save(Path(path), tensors, {"format": FORMAT, "version": VERSION, SPEC: spec_text(spec)})
+
+
+def spec_text(spec: ModelSpec) -> str:
+    """A spec as JSON; `read_spec_json` is its inverse."""
+    return json.dumps(config.to_dict(spec))
 
 
 def read_spec(path: Path | str) -> ModelSpec:
@@ -153,10 +147,7 @@ def read_spec(path: Path | str) -> ModelSpec:
 
 
 def load(path: Path | str, device: torch.device | str = "cpu", dtype: torch.dtype | None = torch.float32) -> Model:
-    """Read a file of ours, strictly: UserError that names missing, unexpected and misshapen tensors.
-
-    Weights go from the mapped file to the device once; nothing is initialised at random before. dtype None: as stored.
-    """
+    """Read a file of ours: see `fill`. dtype None: as most of the file is."""
     with brief(Path(path)):
         file = SafeFile(Path(path))
         model, tensors = skeleton(spec_of(file.metadata)), Packed([(file, "")])
@@ -216,10 +207,9 @@ def fill(
     *,
     layout: torch.memory_format = torch.preserve_format,
 ) -> None:
-    """Give networks on the meta device their weights, strictly: each from the file to the device once.
+    """Give networks on the meta device their weights, each from the file to the device once. UserError as `check`.
 
     modules: by the prefix of their names in the keymap. dtype None: as most of the file is. layout: of convolutions.
-    UserError as `check`, and for what is not finite.
     """
     check({name: tuple(value.shape) for name, value in named(modules).items()}, tensors, keymap)
     dtype = dtype or tensors.main_dtype()
@@ -237,7 +227,7 @@ def pour(
     prefix: str,
     layout: torch.memory_format,
 ) -> None:
-    """`fill` of one network, whose tensors have been checked."""
+    """`fill` of one network, whose tensors have been checked. UserError for those that are not finite."""
     state, broken = {}, set()
     for name, empty in module.state_dict().items():
         ours = prefix + name
@@ -258,8 +248,8 @@ def cast(value: Tensor, device: torch.device | str, dtype: torch.dtype, layout: 
 
     On a CPU fp16 goes to bf16 by way of fp32, in parts that stay in its cache: the same numbers, four times as fast.
     """
-    other = (value.dtype, dtype) != (torch.float16, torch.bfloat16) or torch.device(device).type != "cpu"
-    if other or not value.numel() or not value.dim():
+    slow = (value.dtype, dtype) == (torch.float16, torch.bfloat16) and torch.device(device).type == "cpu"
+    if not slow or not value.numel() or not value.dim():
         return value.to(device, dtype, memory_format=layout)
     out = torch.empty_like(value, dtype=dtype, memory_format=layout)
     rows = max(1, PART // value[0].numel())

@@ -72,11 +72,10 @@ def to_safetensors(path: Path, out: Path) -> None:
         except subprocess.TimeoutExpired:
             raise UserError(f"{str(path)!r} could not be read within {TIME} s") from None
         if ran.returncode:
-            said = [line for line in ran.stderr.splitlines() if line.strip()] or [f"exit code {ran.returncode}"]
-            reason = next((line for line in said if "Unsupported" in line or "GLOBAL" in line), said[-1])
-            raise UserError(
-                f"{str(path)!r} is not a file of weights alone, and nothing in it was run: {reason.strip()[:200]}"
-            )
+            lines = [line for line in ran.stderr.splitlines() if line.strip()] or [f"exit code {ran.returncode}"]
+            reason = next((line for line in lines if "Unsupported" in line or "GLOBAL" in line), lines[-1])
+            said = f"is not a file of weights alone, and nothing in it was run: {reason.strip()[:200]}"
+            raise UserError(f"{str(path)!r} {said}")
 
 
 def unpacked(path: Path, scratch: Path) -> Path:
@@ -91,9 +90,8 @@ def unpacked(path: Path, scratch: Path) -> Path:
     if not weights:
         return path
     copy = scratch / path.name
-    shutil.copytree(
-        path, copy, ignore=shutil.ignore_patterns("*.safetensors", *(f"*{s}" for s in SUFFIXES), "*.msgpack")
-    )
+    left_out = shutil.ignore_patterns("*.safetensors", *(f"*{suffix}" for suffix in SUFFIXES), "*.msgpack")
+    shutil.copytree(path, copy, ignore=left_out)
     for file in path.glob("*/*.safetensors"):
         (copy / file.parent.name / file.name).symlink_to(file.resolve())
     for file in weights:

@@ -54,12 +54,7 @@ def write(folder: Path, suite: Suite, base: Measured, sweeps: Sweeps) -> dict[st
             axis: [{axis: value} | _figures(one) for value, one in points.items()] for axis, points in sweeps.items()
         },
         "judge": dict(suite.judge.spec.accuracy) if judged else {},
-        "verdicts": [
-            {"prompt": text, "name": name, "colour": colour, "right": all(right)}
-            for text, (name, colour), right in zip(base.prompted.texts, base.verdicts, base.right, strict=True)
-        ]
-        if judged
-        else [],
+        "verdicts": _verdicts(base) if judged else [],
         "notes": list(dict.fromkeys(suite.notes)),
         "versions": versions(),
     }
@@ -71,6 +66,11 @@ def write(folder: Path, suite: Suite, base: Measured, sweeps: Sweeps) -> dict[st
 
 def _figures(measured: Measured) -> dict[str, Any]:
     return {name: asdict(estimate) for name, estimate in measured.metrics.items()}
+
+
+def _verdicts(base: Measured) -> list[dict[str, Any]]:
+    judged = zip(base.prompted.texts, base.verdicts, base.right, strict=True)
+    return [{"prompt": t, "name": name, "colour": c, "right": all(right)} for t, (name, c), right in judged]
 
 
 def page(result: Mapping[str, Any], base: Measured, sweeps: Sweeps) -> str:
@@ -121,23 +121,16 @@ def _figure(pixels: Any, caption: str = "", kind: str = "") -> str:
 
 def _grid(pictures: Pictures, most: int, captions: Sequence[str] = (), kinds: Sequence[str] = ()) -> str:
     rows = range(min(most, len(pictures.texts)))
-    said = captions or pictures.texts
-    return html.grid(
-        _figure(pixels, said[row], kinds[row] if kinds else "")
-        for row, pixels in zip(rows, pictures.read(rows), strict=True)
-    )
+    shown = zip(pictures.read(rows), captions or pictures.texts, kinds or [""] * len(pictures.texts), strict=False)
+    return html.grid(_figure(*one) for one in shown)
 
 
 def _prompted(base: Measured) -> str:
-    texts = base.prompted.texts
     if "verdicts" not in vars(base):
         return _grid(base.prompted, 400)
-    right = [all(both) for both in base.right]
-    captions = [
-        text if good else f"{text} → {colour} {name}"
-        for text, (name, colour), good in zip(texts, base.verdicts, right, strict=True)
-    ]
-    return _grid(base.prompted, 400, captions, ["right" if good else "wrong" for good in right])
+    said = _verdicts(base)
+    captions = [v["prompt"] if v["right"] else f"{v['prompt']} → {v['colour']} {v['name']}" for v in said]
+    return _grid(base.prompted, 400, captions, ["right" if v["right"] else "wrong" for v in said])
 
 
 def _neighbours(base: Measured) -> str:

@@ -1,7 +1,7 @@
 """Figures that compare two sets of features, and how sure they are.
 
-Frechet distance (Heusel et al. 2017), kernel distance (Binkowski et al. 2018), Inception score (Salimans et al. 2016),
-precision and recall (Kynkaanniemi et al. 2019), density and coverage (Naeem et al. 2020).
+FID (Heusel et al. 2017), KID (Binkowski et al. 2018), Inception score (Salimans et al. 2016), precision and recall
+(Kynkaanniemi et al. 2019), density and coverage (Naeem et al. 2020).
 """
 
 from collections.abc import Callable

@@ -25,20 +25,18 @@ from ldm.images import to_pixels
 from ldm.models.perceptual import LPIPS
 from ldm.pipeline import Pipeline, choose, find
 from ldm.pipeline import load as load_painter
-from ldm.recipe import Request
+from ldm.request import Request
+from ldm.request import kinds as request_kinds
 
 Look = Callable[[Pixels, range], dict[str, Tensor]]  # what it sees in pictures, and their numbers
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is measured, of what.
+    """What is measured, of what; `scripts/evaluate.py --help` tells of each field. 0: as many or as large as there is.
 
     model: a name or path, or "" with images, a folder of ready pictures. data: the real pictures; train: those it was
-    trained on, of which train_n are compared for `neighbours`. prompts: a YAML of groups of prompts, each painted
-    per_prompt times. n: pictures painted from the data's captions, 0 for as many as the data has; or so many of images,
-    spread evenly, 0 for all. seed: of the first picture. size: 0 for the model's own. rounds: of the bootstrap. The
-    rest are files of weights.
+    trained on. prompts: a YAML of groups of prompts. rounds: of the bootstrap. The last are files of weights.
     """
 
     metrics: tuple[str, ...]
@@ -70,9 +68,8 @@ class Plan:
         for name in self.metrics:
             if self.images and METRICS[name].autoencoder:
                 raise UserError(f"{name} measures an autoencoder: give --model in place of --images")
-            for needed in METRICS[name].needs:
-                if not getattr(self, needed):
-                    raise UserError(f"the metric {name} needs --{needed}")
+            if missing := [needed for needed in METRICS[name].needs if not getattr(self, needed)]:
+                raise UserError(f"the metric {name} needs --{missing[0]}")
 
 
 class Suite:
@@ -82,9 +79,8 @@ class Suite:
         self.plan, self.store = plan, store
         self.rounds = plan.rounds if store.rank == 0 else 0  # the others help to paint, and need no intervals
         self.notes: list[str] = []
-        for metric in plan.metrics:
-            for weights in METRICS[metric].weights:
-                getattr(self, weights)  # now: a file that is missing shall not be missed after an hour of painting
+        for weights in [weights for metric in plan.metrics for weights in METRICS[metric].weights]:
+            getattr(self, weights)  # now: a file that is missing shall not be missed after an hour of painting
 
     @cached_property
     def painter(self) -> Pipeline:
@@ -158,11 +154,10 @@ class Suite:
     @cached_property
     def reconstructed(self) -> tuple[Pictures, dict[str, Tensor]]:
         """The real pictures after the autoencoder, and what each lost."""
-        real, autoencoder = self.real, self.model.autoencoder
-        lpips = self.lpips if "lpips" in self.plan.metrics else None
+        real, lpips = self.real, self.lpips if "lpips" in self.plan.metrics else None
 
         def compute(part: range) -> dict[str, Tensor]:
-            again, lost = compare(autoencoder, real.read(part).to(self.device) / 127.5 - 1, lpips)
+            again, lost = compare(self.model.autoencoder, real.read(part).to(self.device) / 127.5 - 1, lpips)
             return lost | {"pixels": to_pixels(again).permute(0, 3, 1, 2)}
 
         weights = sha256(Path(self.plan.lpips)) if lpips else ""
@@ -303,8 +298,7 @@ def _neighbours(m: Measured) -> Estimates:
     """
     _, distances, _, held = m.neighbours
     near, copied = distances[:, 0], (distances[:, 0] < torch.quantile(held, 0.01)).double()
-    figures = {"nearest_train": near, "nearest_train_of_held_back": held, "copied": copied}
-    return {name: mean(values) for name, values in figures.items()}
+    return {"nearest_train": mean(near), "nearest_train_of_held_back": mean(held), "copied": mean(copied)}
 
 
 def _rfid(m: Measured) -> Estimates:
@@ -312,8 +306,8 @@ def _rfid(m: Measured) -> Estimates:
     return {"rfid": statistics.fid(again, real, m.suite.rounds)}
 
 
-def _lost(what: str) -> Callable[[Measured], Estimates]:
-    return lambda m: {what: mean(m.suite.reconstructed[1][what])}
+def _lost(what: str, *weights: str) -> "Metric":
+    return Metric(lambda m: {what: mean(m.suite.reconstructed[1][what])}, weights, _DATA, autoencoder=True)
 
 
 @dataclass(frozen=True)
@@ -341,16 +335,18 @@ METRICS = {
     "judge": Metric(_judge, ("inception", "judge")),
     "neighbours": Metric(_neighbours, _INCEPTION, ("train", "data")),
     "rfid": Metric(_rfid, _INCEPTION, _DATA, autoencoder=True),
-    "psnr": Metric(_lost("psnr"), (), _DATA, autoencoder=True),
-    "ssim": Metric(_lost("ssim"), (), _DATA, autoencoder=True),
-    "lpips": Metric(_lost("lpips"), ("lpips",), _DATA, autoencoder=True),
+    "psnr": _lost("psnr"),
+    "ssim": _lost("ssim"),
+    "lpips": _lost("lpips", "lpips"),
 }
+
+
+WAYS = ("steps", "cfg_scale", "width", "height", "clip_skip", "sampler", "schedule", "guidance", "negative")
 
 
 def settings(texts: Sequence[str]) -> dict[str, list[Any]]:
     """`steps=4,8` as {"steps": [4, 8]}: fields of a Request that say how to paint. UserError for other ones."""
-    kinds: dict[str, type] = {"steps": int, "cfg_scale": float, "width": int, "height": int, "clip_skip": int}
-    kinds |= dict.fromkeys(("sampler", "schedule", "guidance", "negative"), str)
+    kinds = {name: kind for name, kind in request_kinds(Request).items() if name in WAYS}
     found: dict[str, list[Any]] = {}
     for text in texts:
         name, _, values = text.partition("=")

@@ -65,9 +65,8 @@ def download(what: str) -> bytes:
 def convert(what: str, data: bytes, sha256: str) -> Arrays:
     """The arrays of known bytes; UserError for others."""
     if hashlib.sha256(data).hexdigest() != sha256:
-        raise UserError(
-            f"the weights in {SOURCES[what].package} are not those known (sha256 {sha256[:10]}...): not read"
-        )
+        known = f"{SOURCES[what].package} are not those known (sha256 {sha256[:10]}...)"
+        raise UserError(f"the weights in {known}: not read")
     arrays = inception(data) if what == "inception" else lpips(what.removeprefix("lpips_"), data)
     return {key: np.ascontiguousarray(array, dtype=np.float32) for key, array in arrays.items()}
 

@@ -6,9 +6,10 @@ from ldm.families.sd2 import SD2
 from ldm.families.sdxl import REFINER, SDXL
 from ldm.text.tower import TextConfig
 
-__all__ = ["FAMILIES", "Family", "family_of"]
+__all__ = ["FAMILIES", "KNOWN", "Family", "family_of"]
 
 FAMILIES: dict[str, Family] = {family.name: family for family in (SD1, SD2, SDXL, REFINER)}
+KNOWN = ", ".join(family.title for family in FAMILIES.values())
 
 
 def family_of(text: TextConfig) -> Family:

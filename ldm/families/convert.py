@@ -17,11 +17,10 @@ from ldm.models.autoencoder import Autoencoder
 
 
 def convert(path: Path, out: Path, to: Layout, storage: native.Storage | None = None, vae: Path | None = None) -> None:
-    """Write the model at `path` to `out` in another layout, or the same; storage: of every weight, None as they are.
+    """Write the model at `path` to `out` in another layout, or the same, with the tensors that no network needs.
 
-    vae: an autoencoder in place of the model's own, whose place in the file it takes.
-    UserError where the model is broken, or the layout cannot hold it (int8: only ours can). Tensors that no network
-    needs go along.
+    storage: of every weight, None as they are; vae: an autoencoder in place of the model's own. UserError where the
+    model is broken, or the layout cannot hold it (int8: only ours can).
     """
     if storage == "int8" and to != "ldm":
         raise UserError(f"int8 weights are of our own layout: write them --to ldm, or {to} as fp16")
@@ -47,12 +46,11 @@ def _with(vae: Path, model: Model, weights: dict[str, Tensor]) -> tuple[Model, d
     found = load_vae(vae, model.spec.autoencoder, dtype=None)
     if not isinstance(found, Autoencoder):
         raise UserError(
-            f"{str(vae)!r} is a tiny autoencoder: it decodes as --vae of txt2img, and has no place in a file"
+            f"{str(vae)!r} is a tiny autoencoder: --vae of txt2img decodes by it, a file has no place for it"
         )
     kept = {name: value for name, value in weights.items() if not name.startswith("autoencoder.")}
-    own = {f"autoencoder.{name}": value for name, value in found.state_dict().items()}
     spec = replace(model.spec, autoencoder=found.config)
-    return replace(model, spec=spec, autoencoder=found), own | kept
+    return replace(model, spec=spec, autoencoder=found), native.named({"autoencoder": found}) | kept
 
 
 def _extras(source: Source) -> dict[str, Tensor]:

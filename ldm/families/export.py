@@ -1,9 +1,5 @@
-"""Writing other people's layouts: a single file, or a diffusers folder that its own pipelines open.
+"""Writing other layouts. What one cannot hold is kept beside it under `extra.`: the way back is the identity."""
 
-What a layout cannot hold is kept beside it under `extra.`, so that the way back is the identity.
-"""
-
-import json
 import tempfile
 from dataclasses import asdict
 from itertools import pairwise
@@ -13,9 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldm import config
 from ldm.checkpoints.files import save
-from ldm.checkpoints.native import EXTRA, Model, ModelSpec
+from ldm.checkpoints.native import EXTRA, Model, ModelSpec, spec_text
 from ldm.errors import UserError
 from ldm.families import Family, family_of
 from ldm.families.family import Dialect, compvis_map, diffusers_map, shown_layers, text_of
@@ -31,13 +26,9 @@ CONFIGS = {"scheduler": "scheduler_config.json"}
 
 def dialects(spec: ModelSpec) -> dict[str, Dialect]:
     """How the files that a model came from spelt what can be spelt in two ways, by part."""
-    names = spec.provenance.get("names", {})
-    known = asdict(Dialect())
-    return {
-        part: Dialect(**said)
-        for part, said in (names.items() if isinstance(names, dict) else ())
-        if isinstance(said, dict) and said.keys() <= known.keys()
-    }
+    names, known = spec.provenance.get("names"), asdict(Dialect()).keys()
+    said = names.items() if isinstance(names, dict) else ()
+    return {part: Dialect(**how) for part, how in said if isinstance(how, dict) and how.keys() <= known}
 
 
 def to_compvis(path: Path, model: Model, weights: Weights, extras: Weights) -> None:
@@ -45,8 +36,7 @@ def to_compvis(path: Path, model: Model, weights: Weights, extras: Weights) -> N
     family = family_of(text_of(model.spec))
     keymap = compvis_map(family, model, dialects(model.spec).get("compvis", Dialect()))
     foreign = _foreign(keymap.save(weights), extras, "compvis")
-    metadata = {"format": "pt", "ldm.spec": spec_text(model.spec)}
-    save(path, foreign, metadata)
+    save(path, foreign, {"format": "pt", "ldm.spec": spec_text(model.spec)})
 
 
 def to_diffusers(path: Path, model: Model, weights: Weights, extras: Weights) -> None:
@@ -87,22 +77,15 @@ def to_diffusers(path: Path, model: Model, weights: Weights, extras: Weights) ->
         root.rename(path)
 
 
-def spec_text(spec: ModelSpec) -> str:
-    """A spec as metadata."""
-    return json.dumps(config.to_dict(spec))
-
-
 def folder_configs(spec: ModelSpec, family: Family) -> dict[str, dict[str, Any]]:
     """The config.json of each part. UserError where diffusers has no words for the model."""
     text = text_of(spec)
     assert spec.backbone is not None
-    if text.layer > 1 and text.final_norm is False and len(family.towers) == 1 and not text.size_ids:
+    if text.layer > 1 and not text.final_norm and len(family.towers) == 1 and not text.size_ids:
         raise UserError(f"diffusers' pipelines cannot read layer {text.layer} without the final norm")
     vae = one_scale(spec.autoencoder)
     if not single_scale(spec.autoencoder) and not vae.quant_convs:
-        raise UserError(
-            "latents with a mean and deviation a channel need the 1 x 1 convolutions to go into diffusers' layout"
-        )
+        raise UserError("latents with statistics of each channel need both 1 x 1 convolutions in diffusers' layout")
     configs = {
         "unet": unet_to(spec.backbone, spec.image_size // vae.factor, text),
         "vae": vae_to(vae, spec.image_size, upcast=bool(text.size_ids)),
@@ -142,29 +125,24 @@ def _fold(weights: Weights, vae: AutoencoderConfig) -> Weights:
     if single_scale(vae):
         return weights
     mean, std = (torch.tensor(v, dtype=torch.float64).expand(vae.z_channels) for v in (vae.mean, vae.std))
-    place = {"expand": "autoencoder.decoder.expand", "moments": "autoencoder.encoder.moments"}
-    expand, moments = (weights[f"{place[n]}.weight"].double() for n in ("expand", "moments"))
+    expand, moments = "autoencoder.decoder.expand", "autoencoder.encoder.moments"
+    leaves = [f"{place}.{leaf}" for place in (expand, moments) for leaf in ("weight", "bias")]
+    out, bias_out, into, bias_into = (weights[name].double() for name in leaves)
     scale = torch.cat([1 / std, torch.ones_like(std)])
     shift = torch.cat([mean / std, 2 * std.log()])
-    wanted = {
-        f"{place['expand']}.weight": expand * std[None, :, None, None],
-        f"{place['expand']}.bias": weights[f"{place['expand']}.bias"].double() + expand[:, :, 0, 0] @ mean,
-        f"{place['moments']}.weight": moments * scale[:, None, None, None],
-        f"{place['moments']}.bias": weights[f"{place['moments']}.bias"].double() * scale - shift,
-    }
-    return weights | {name: value.to(weights[name].dtype) for name, value in wanted.items()}
+    folded = [out * std[None, :, None, None], bias_out + out[:, :, 0, 0] @ mean]
+    folded += [into * scale[:, None, None, None], bias_into * scale - shift]
+    return weights | {name: value.to(weights[name].dtype) for name, value in zip(leaves, folded, strict=True)}
 
 
 def _condition_encoder(vae: AutoencoderConfig, dtype: torch.dtype) -> Weights:
     """The part of AsymmetricAutoencoderKL that reads a mask, which a picture from text never calls: zeros."""
     first, last = vae.decoder_channels[0], vae.decoder_channels[-1]
     widths = [3, *(min(first * 2**k, last) for k in range(4)), last]
-    tensors = {}
+    shapes: dict[str, tuple[int, ...]] = {}
     for i, (inner, outer) in enumerate(pairwise(widths)):
-        side = 3 if i < 2 else 4
-        tensors[f"decoder.condition_encoder.layers.{i}.weight"] = torch.zeros(outer, inner, side, side, dtype=dtype)
-        tensors[f"decoder.condition_encoder.layers.{i}.bias"] = torch.zeros(outer, dtype=dtype)
-    return tensors
+        shapes |= {f"{i}.weight": (outer, inner, *[3 if i < 2 else 4] * 2), f"{i}.bias": (outer,)}
+    return {f"decoder.condition_encoder.layers.{n}": torch.zeros(shape, dtype=dtype) for n, shape in shapes.items()}
 
 
 def _write_tokenizer(folder: Path, text: TextConfig) -> None:

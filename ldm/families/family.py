@@ -26,9 +26,7 @@ class Tower:
 
     def config(self, text: TextConfig) -> TextConfig:
         """This tower's own settings."""
-        other = text if self.module == "tower" else text.second
-        assert other is not None
-        return other
+        return text.towers[self.module == "second"]
 
 
 @dataclass(frozen=True)
@@ -52,7 +50,7 @@ class Family:
     def tells(self, text: TextConfig) -> bool:
         """Whether a model with this text side is of the family."""
         mine = self.text
-        same = (text.second is None, text.size_ids) == (mine.second is None, mine.size_ids)
+        same = (len(text.towers), text.size_ids) == (len(mine.towers), mine.size_ids)
         return same and (bool(mine.size_ids) or text.quickgelu == mine.quickgelu)
 
 

@@ -97,9 +97,8 @@ def unet_to(config: UNetConfig, side: int, text: TextConfig) -> Json:
     """UNet2DConditionModel's config for latents of `side`. UserError where it has no words for ours."""
     depth = [d or 1 for d in config.depth]
     if config.mid_depth != (config.depth[-1] or config.mid_depth):
-        raise UserError(
-            f"mid_depth {config.mid_depth} must be the lowest level's depth {config.depth[-1]} in diffusers' layout"
-        )
+        said = f"mid_depth {config.mid_depth} must be the lowest level's depth {config.depth[-1]}"
+        raise UserError(f"{said} in diffusers' layout")
     depth[-1] = config.mid_depth
     data: Json = {
         "_class_name": "UNet2DConditionModel",
@@ -153,13 +152,11 @@ def vae_to(config: AutoencoderConfig, side: int, *, upcast: bool) -> Json:
     """The config of an autoencoder whose latents have one scale (`fold` sees to that)."""
     levels = len(config.channels)
     if config.patch != 1:
-        raise UserError(
-            f"diffusers' autoencoders see single pixels, this one patches of {config.patch}: it has no such layout"
-        )
+        raise UserError(f"diffusers' autoencoders see single pixels, this one patches of {config.patch}")
     if config.decoder_channels:
         if not (config.mid_attention and config.quant_convs):
             raise UserError(
-                "an autoencoder of unequal halves needs its middle attention and both 1 x 1 convolutions in diffusers"
+                "an autoencoder of unequal halves has middle attention and both 1 x 1 convolutions in diffusers"
             )
         widths: Json = {
             "_class_name": "AsymmetricAutoencoderKL",
@@ -193,8 +190,7 @@ def text_from(data: Json, where: str, template: TextConfig) -> TextConfig:
         raise UserError(f"{where}: layer_norm_eps {data['layer_norm_eps']!r} must be 1e-05")
     same, wide = _read(_TEXT, data), data.get("intermediate_size", 2048)
     width, layers = same["width"], same["layers"]
-    # A folder's pipelines read the last state where the final norm follows it: an unused layer behind it is not in
-    # the files.
+    # Where the final norm follows it, a folder's pipelines read the last state: no unused layer is in the files.
     layer = 1 if template.final_norm or not isinstance(layers, int) else min(template.layer, max(layers, 1))
     own = {
         "quickgelu": quickgelu(data, f"{where}: "),

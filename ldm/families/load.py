@@ -48,6 +48,6 @@ def predicts_noise(backbone: UNet, schedule: Schedule) -> bool:
     label = schedule.label(torch.tensor([schedule.sigma_max], device=parameter.device))
     tokens = parameter.new_zeros((1, 77, config.context_dim))
     vector = parameter.new_zeros((1, config.vector_dim)) if config.vector_dim else None
-    out = backbone(z, label, Conditioning(tokens, vector=vector)).float()
-    pair = torch.stack([out.flatten(), z[:, : config.out_channels].float().flatten()])
+    out = backbone(z, label, Conditioning(tokens, vector=vector))
+    pair = torch.stack([part.float().flatten() for part in (out, z[:, : config.out_channels])])
     return bool(torch.corrcoef(pair)[0, 1] > 0.5)

@@ -11,7 +11,7 @@ from dataclasses import replace
 from ldm.checkpoints.native import ModelSpec, SamplingDefaults
 from ldm.diffusion.schedules import ScheduleConfig
 from ldm.errors import UserError
-from ldm.families import FAMILIES
+from ldm.families import FAMILIES, KNOWN
 from ldm.families.family import Dialect, Family, Tower
 from ldm.models.autoencoder import AutoencoderConfig
 from ldm.models.unet import UNetConfig
@@ -19,8 +19,7 @@ from ldm.text.tower import TextConfig
 
 Shapes = Mapping[str, tuple[int, ...]]
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
-# Found in real files and needed by no network: training's tables and averages, buffers, what only CLIP's picture side
-# uses.
+# In real files, needed by no network: training's tables and averages, buffers, what only CLIP's picture side uses.
 EXTRAS = re.compile(
     r"model_ema\..*|first_stage_model\.(loss|model_ema)\..*|denoiser\..*|betas|alphas_cumprod(_prev)?|sqrt_\w+|"
     r"log_one_minus_alphas_cumprod|posterior_\w+|logvar|lvlb_weights|scale_factor|v_pred|ztsnr|extra\..*|"
@@ -36,10 +35,7 @@ def recognise(names: Iterable[str]) -> Family | None:
     tables = {name.removesuffix("token_embedding.weight") for name in names if name.endswith("token_embedding.weight")}
     fits = [f for f in FAMILIES.values() if all(any(t.startswith(tower.prefix) for t in tables) for tower in f.towers)]
     if not fits:
-        raise UserError(
-            "a UNet without a text tower that is known: give a whole checkpoint of "
-            + ", ".join(f.title for f in FAMILIES.values())
-        )
+        raise UserError(f"a UNet without a text tower that is known: give a whole checkpoint of {KNOWN}")
     return max(fits, key=lambda family: len(family.towers))
 
 

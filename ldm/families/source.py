@@ -1,8 +1,4 @@
-"""Any model on disk, opened and checked but not loaded: content decides what it is, never a suffix.
-
-A Source names every tensor that a model needs in the file's own words, so that loading, converting and inspecting
-share one way of reading.
-"""
+"""Any model on disk, opened and checked but not loaded: content decides what it is, never a suffix."""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -16,7 +12,7 @@ from ldm.checkpoints.files import SafeFile, Tensors, brief
 from ldm.checkpoints.keymap import KeyMap
 from ldm.checkpoints.native import Model, ModelSpec
 from ldm.errors import UserError
-from ldm.families import FAMILIES, Family, family_of, singlefile
+from ldm.families import FAMILIES, KNOWN, Family, family_of, singlefile
 from ldm.families.family import Dialect, Layout, compvis_map, diffusers_map, text_of
 from ldm.families.folder import read_json, text_from, unet_from, vae_from
 from ldm.families.scheduler import sampling_from
@@ -36,8 +32,7 @@ SPARE_OF_OURS = re.compile(rf"{SPARE.pattern}|vae/(post_)?quant_conv\.(weight|bi
 class Source:
     """An open model. model: its networks, still without weights; keymap: our names to the file's.
 
-    extras: tensors that no network needs, kept by a conversion. guessed: the prediction is the family's usual one,
-    for the file says nothing of it.
+    extras: tensors that no network needs. guessed: the prediction is the family's usual one, the file says nothing.
     """
 
     path: Path
@@ -126,10 +121,7 @@ def folder_parts(path: Path) -> dict[str, str]:
     index = read_json(path / INDEX)
     named = {part for part, value in index.items() if isinstance(value, list) and value and value[0] is not None}
     if "unet" not in named or "vae" not in named or not named & {"text_encoder", "text_encoder_2"}:
-        raise UserError(
-            f"{str(path)!r} holds a {index.get('_class_name')!r}, which is no family known here: "
-            + ", ".join(family.title for family in FAMILIES.values())
-        )
+        raise UserError(f"it holds a {index.get('_class_name')!r}, which is no family known here: {KNOWN}")
     wanted = [part for part in ("unet", "vae", "text_encoder", "text_encoder_2") if part in named]
     return dict.fromkeys(wanted, "config.json") | {"scheduler": "scheduler_config.json"}
 
@@ -184,12 +176,10 @@ def weight_files(folder: Path) -> list[Path]:
     if found[0] in whole:
         return [folder / found[0]]
     placed = read_json(folder / found[0]).get("weight_map")
-    shards = (
-        set(placed.values()) if isinstance(placed, dict) and all(isinstance(v, str) for v in placed.values()) else set()
-    )
-    if not shards or any(not re.fullmatch(r"[\w.-]+\.safetensors", shard) for shard in shards):
+    shards = list(placed.values()) if isinstance(placed, dict) else []
+    if not shards or any(not isinstance(s, str) or not re.fullmatch(r"[\w.-]+\.safetensors", s) for s in shards):
         raise UserError(f"{str(folder / found[0])!r} does not list shards that lie beside it")
-    return [folder / shard for shard in sorted(shards)]
+    return [folder / shard for shard in sorted(set(shards))]
 
 
 def same_configs(spec: ModelSpec, configs: Mapping[str, dict[str, Any]], family: Family) -> bool:

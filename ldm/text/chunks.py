@@ -28,9 +28,7 @@ def pieces(
     fragments: Sequence[Fragment], conditioner: Conditioner, embeddings: Sequence[Embedding]
 ) -> list[list[Piece]]:
     """The pieces of a prompt, a list for each BREAK-free stretch."""
-    tokenizer = conditioner.tokenizer
-    first = 0
-    rows: dict[str, tuple[int, int]] = {}
+    first, rows = 0, dict[str, tuple[int, int]]()
     for embedding in embeddings:
         rows |= {name.lower(): (first, len(embedding.vectors)) for name in embedding.names}
         first += len(embedding.vectors)
@@ -46,7 +44,7 @@ def pieces(
                 start, length = rows[part.lower()]
                 stretches[-1] += [Piece(-1 - start - k, weight, length - k) for k in range(length)]
             elif part.strip():
-                stretches[-1] += [Piece(token, weight) for token in tokenizer.encode(part)]
+                stretches[-1] += [Piece(token, weight) for token in conditioner.tokenizer.encode(part)]
     return stretches
 
 
@@ -80,8 +78,7 @@ def read(
 ) -> Conditioning:
     """Conditions of texts, each in its chunks; a mask hides what the shorter ones have not, so company changes none.
 
-    Weights multiply the states of their tokens, and the mean over a chunk's states is restored (A1111's way). The
-    pooled vector is that of the first chunk.
+    Weights multiply states, and a chunk's mean is restored (A1111's way). The pooled vector is the first chunk's.
     """
     device = conditioner.tower.positional_embedding.device
     flat = [chunk for text in texts for chunk in text]
@@ -122,11 +119,9 @@ def _weigh(tokens: Tensor, weights: Tensor, widths: list[int]) -> Tensor:
 def extended(conditioner: Conditioner, embeddings: Sequence[Embedding]) -> Iterator[None]:
     """Towers that read the embeddings' rows where an id is below 0."""
     with ExitStack() as stack:
-        if embeddings:
-            seconds = [e.second for e in embeddings if e.second is not None]
-            stack.enter_context(_table(conditioner.tower, torch.cat([e.vectors for e in embeddings])))
-            if conditioner.second is not None:
-                stack.enter_context(_table(conditioner.second, torch.cat(seconds)))
+        for tower, kind in (conditioner.tower, "vectors"), (conditioner.second, "second"):
+            if embeddings and tower is not None:
+                stack.enter_context(_table(tower, torch.cat([getattr(e, kind) for e in embeddings])))
         yield
 
 

@@ -27,24 +27,21 @@ def from_tensors(path: Path, tensors: dict[str, Tensor], conditioner: Conditione
 
     UserError where they are none, or made for another text tower.
     """
-    config = conditioner.config
-    names: tuple[str, ...]
+    config, names = conditioner.config, tuple[str, ...]([path.stem])
     if set(tensors) == {"clip_l", "clip_g"}:
-        vectors, second, names = tensors["clip_l"], tensors["clip_g"], (path.stem,)
+        parts = [tensors["clip_l"], tensors["clip_g"]]
     elif len(tensors) == 1:
         ((key, vectors),) = tensors.items()
-        second, names = None, (path.stem,) if key in SPELLINGS else (path.stem, key)
+        parts, names = [vectors], names if key in SPELLINGS else (*names, key)
     else:
         raise UserError(f"{str(path)!r} is no textual inversion: it holds {', '.join(sorted(tensors)[:4])}")
-    rows = [v if v is None or v.ndim == 2 else v[None] if v.ndim == 1 else None for v in (vectors, second)]
-    widths = [v.shape[1] for v in rows if v is not None]
-    wanted = [tower.width for tower in config.towers]
-    if rows[0] is None or widths != wanted or (rows[1] is not None and len(rows[0]) != len(rows[1])):
-        raise UserError(
-            f"{str(path)!r} is for a text tower of width {' and '.join(map(str, widths)) or 'unknown'}, "
-            f"this model's is {' and '.join(map(str, wanted))}: take one made for this family"
-        )
+    rows = [v.float().reshape(-1, v.shape[-1]) for v in parts if v.ndim in (1, 2)]
+    widths, wanted = [v.shape[1] for v in rows], [tower.width for tower in config.towers]
+    if widths != wanted or len({len(v) for v in rows}) > 1:
+        theirs, ours = (" and ".join(map(str, each)) or "unknown" for each in (widths, wanted))
+        said = f"is for a text tower of width {theirs}, this model's is {ours}: take one made for this family"
+        raise UserError(f"{str(path)!r} {said}")
     room = config.context_length - 2
     if len(rows[0]) > room:
         raise UserError(f"{str(path)!r} is {len(rows[0])} vectors long: at most {room} fit into a chunk")
-    return Embedding(names, rows[0].float(), None if rows[1] is None else rows[1].float())
+    return Embedding(names, *rows)

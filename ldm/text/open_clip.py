@@ -1,10 +1,7 @@
-"""The way to open_clip: to its two modules that we use, without the rest; and to all of it.
+"""The way to open_clip: to its text transformer and its tokenizer alone, and to all of it.
 
-open_clip imports torchvision, timm and more at its top, which takes longer than loading a model; its text transformer
-and its tokenizer need none of that. So these two are imported alone, as parts of a package without that top.
-
-torchvision, in turn, asks for two operators of its compiled library. Beside a CPU-only torch the CUDA build of that
-library does not load; the schemas alone are enough for what is used here.
+Its top imports torchvision, timm and more, which takes longer than loading a model. torchvision, in turn, asks for two
+operators of a compiled library that, built for CUDA, does not load beside a CPU-only torch: their schemas are enough.
 """
 
 import importlib
@@ -30,8 +27,7 @@ def part(name: str) -> ModuleType:
     spec = importlib.util.find_spec("open_clip")
     alone: Any = sys.modules.setdefault(_ALONE, ModuleType(_ALONE))
     alone.__path__ = list(spec.submodule_search_locations or ()) if spec else []
-    # What both share imports one class of torchvision, for pictures: an empty one stands in where torchvision is not
-    # loaded anyway.
+    # What both share imports one class of torchvision, for pictures: an empty one stands in where it is not loaded.
     stand_in: Any = ModuleType("torchvision.ops.misc")
     stand_in.FrozenBatchNorm2d = type("FrozenBatchNorm2d", (), {})
     names = ("torchvision", "torchvision.ops", "torchvision.ops.misc") if "torchvision" not in sys.modules else ()

@@ -22,15 +22,13 @@ _INSIDE_SPECIAL = re.compile(r"(?<=<)(?=(?:start|end)_of_text>)", re.IGNORECASE)
 class TextConfig:
     """A text tower; the defaults are CLIP ViT-L/14's, as Stable Diffusion 1 uses it.
 
-    vocab_size: below 49,408 only the first merges of CLIP's byte-pair encoding are used (any text still encodes, in
-    more pieces). layer: which hidden state conditions the image, counted from the end (1 last, 2 penultimate). pad:
-    what fills the rest of the context: token 0 (open_clip) or the end token (CLIP-L in SD 1 and SDXL). mlp: width
-    inside a block, 0 for 4 x.
+    vocab_size: below 49,408 any text still encodes, by the first merges of CLIP's byte pairs alone. layer: the hidden
+    state that conditions the image, counted from the end (1 last). pad: what fills the context: token 0 (open_clip) or
+    the end token (CLIP-L in SD 1 and SDXL). mlp: width inside a block, 0 for 4 x.
 
     Stable Diffusion XL (Podell et al. 2023, Sec. 2.1-2.2) adds: second, a tower whose states stand beside the first's;
     projection, the width of the pooled text (0: none); size_ids, how many numbers about the picture join it, each as
-    id_width features (6: original size, crop, target size; 5: a score in place of the target); zero_empty: a prompt
-    of no words is all zeros.
+    id_width features (6: original size, crop, target size; 5: a score for the target); zero_empty: no words, all zeros.
     """
 
     width: int = 768
