@@ -1,9 +1,7 @@
-"""Numbers as tensors, each made once.
+"""Numbers as tensors, each made once and shared: never change one in place.
 
 A step of a sampler is a handful of operations of 2 microseconds each, and to wrap a Python float anew costs half of
 one. On a GPU this also spares copying a level there, and waiting to read it back.
-
-What is handed out is shared: never change it in place.
 """
 
 from functools import lru_cache

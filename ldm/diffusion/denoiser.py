@@ -24,12 +24,8 @@ def _dtype(network: nn.Module) -> torch.dtype | None:
 
 
 def evaluate(backbone: Callable[..., Tensor], z: Latent, label: Tensor, cond: Any) -> Tensor:
-    """The network's raw output at its own input z, in z's dtype. Sampling and training both come through here.
-
-    The network runs in the dtype of its own parameters, and sees `cond.concat` as further channels.
-    """
-    dtype = (_dtype(backbone) if isinstance(backbone, nn.Module) else None) or z.dtype
-    inputs = z
+    """The network's raw output at its own input z, in z's dtype, while it runs in its own: in sampling and training."""
+    dtype, inputs = (_dtype(backbone) if isinstance(backbone, nn.Module) else None) or z.dtype, z
     if isinstance(cond, Conditioning):
         if cond.tokens.dtype != dtype:
             cond = cond.to(z.device, dtype)
@@ -79,6 +75,6 @@ class Denoiser:
         return scaling.skip * x + scaling.out * answer
 
     def _answer(self, z: Latent, label: Tensor, cond: Any) -> Latent:
-        """The network's, without the variances that it may say behind it: no sampler here asks for them."""
+        """The network's, without the variances that it may say behind it."""
         answer = evaluate(self.backbone, z, label, cond)
         return answer if answer.shape == z.shape else answer[:, : z.shape[1]]

@@ -15,19 +15,13 @@ from ldm.diffusion.guidance import Combine, Conditional, Denoise
 def keep(denoise: Denoise, known: Tensor, mask: Tensor) -> Denoise:
     """Paint where the mask is 1, and answer `known` where it is 0; between them a mixture (RePaint's blending, 2022).
 
-    A state that began as known + sigma * noise outside the mask then stays on that line at each noise level: the first-
-    order step from s to t leaves it at known + t * noise, whatever the sampler's history says.
+    A state that began as known + sigma * noise outside the mask then stays so at each level, whatever the sampler.
     """
     return lambda x, sigma: torch.lerp(known, denoise(x, sigma), mask)
 
 
 def composed(
-    denoiser: Conditional,
-    conds: Conditioning,
-    uncond: Conditioning,
-    weights: Tensor,
-    owner: Tensor,
-    combine: Combine,
+    denoiser: Conditional, conds: Conditioning, uncond: Conditioning, weights: Tensor, owner: Tensor, combine: Combine
 ) -> Denoise:
     """Several prompts a picture at once: uncond + sum of w * (cond - uncond) as cond (Liu et al. 2022, Eq. 11).
 
@@ -64,11 +58,8 @@ def slerp(a: Tensor, b: Tensor, share: float) -> Tensor:
     dims = tuple(range(1, a.ndim))
     lengths = torch.linalg.vector_norm(a, dim=dims, keepdim=True) * torch.linalg.vector_norm(b, dim=dims, keepdim=True)
     angle = ((a * b).sum(dims, keepdim=True) / lengths).clamp(-1, 1).acos()
-    return torch.where(
-        angle.sin() < 1e-4,
-        a.lerp(b, share),
-        (((1 - share) * angle).sin() * a + (share * angle).sin() * b) / angle.sin(),
-    )
+    between = (((1 - share) * angle).sin() * a + (share * angle).sin() * b) / angle.sin()
+    return torch.where(angle.sin() < 1e-4, a.lerp(b, share), between)
 
 
 def windows(denoiser: Conditional, side: int, overlap: float = 0.5) -> Conditional:

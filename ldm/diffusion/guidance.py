@@ -1,8 +1,7 @@
 """Guidance wraps a denoiser and returns a denoiser with its conditions bound; no sampler and no network knows of it.
 
 Classifier-free kinds differ only in how they combine the answers with and without the condition: a Combine. Others wrap
-a Denoise that is already bound, so that they stack: interval(threshold(cfg(...)), bind(...), 0.3, 5). `Guidance` reads
-both kinds from a text.
+a Denoise that is already bound, so that they stack: interval(threshold(cfg(...)), bind(...), 0.3, 5).
 """
 
 import math
@@ -129,8 +128,7 @@ def threshold(denoise: Denoise, share: float = 0.995, limit: float = 1.0) -> Den
 
     def clipped(x: Tensor, sigma: Tensor) -> Tensor:
         x0 = denoise(x, sigma)
-        top = x0.abs().flatten(1).quantile(share, dim=1).clamp(min=limit)
-        top = column(top, x0)
+        top = column(x0.abs().flatten(1).quantile(share, dim=1).clamp(min=limit), x0)
         return x0.clamp(-top, top) * (limit / top)
 
     return clipped
@@ -139,7 +137,7 @@ def threshold(denoise: Denoise, share: float = 0.995, limit: float = 1.0) -> Den
 def classifier(denoise: Denoise, log_prob: Callable[[Tensor, Tensor], Tensor], scale: float = 1.0) -> Denoise:
     """Classifier guidance (Dhariwal & Nichol 2021, Eq. 13): x0 + scale * sigma^2 * grad log p(y | x).
 
-    `log_prob(x, sigma)` -> (b,) is any differentiable classifier of noisy x for the wanted y.
+    log_prob(x, sigma) -> (b,): of the wanted y, differentiable.
     """
 
     def denoise_towards(x: Tensor, sigma: Tensor) -> Tensor:
@@ -161,11 +159,9 @@ KINDS = {  # name -> how it is written, and how few and how many numbers it take
 
 
 class Guidance:
-    """What a text such as `apg+interval:0.3-5` asks for: KINDS with their numbers, joined by a plus.
+    """What a text such as `apg+interval:0.3-5` asks for: KINDS with their numbers, joined by a plus. UserError: others.
 
-    apg:RADIUS, cfgpp and rescale:SHARE combine answers in their own way; interval:LOW-HIGH guides between two noise
-    levels alone, and asks the network once in place of twice elsewhere; threshold:SHARE-LIMIT clips what comes out.
-    UserError for what is none of them. combine: see Combine; alone: the answer without the condition is not needed.
+    combine: see Combine; alone: the answer without the condition is not needed.
     """
 
     def __init__(self, text: str, scale: float, sigmas: Sequence[float] | Tensor) -> None:
@@ -191,7 +187,6 @@ class Guidance:
 
 
 def _part(text: str) -> tuple[str, list[float]]:
-    """`interval:0.3-5` as its name and numbers."""
     name, _, numbers = text.strip().partition(":")
     _, least, most = KINDS.get(name, ("", 1, 0))
     try:

@@ -21,8 +21,6 @@ from ldm.errors import UserError
 from ldm.shapes import Latent, Sigma
 
 Weighting = Callable[..., Tensor]  # (sigma, out), and gamma where a paper has such a number
-
-
 WEIGHTINGS: dict[str, Weighting] = {
     # 1 on the network's own output: DDPM's simple loss, and under edm scalings EDM's weight.
     "uniform": lambda sigma, out: torch.ones_like(sigma),
@@ -64,7 +62,7 @@ def diffusion_loss(
     seen: Latent | None = None,
     vlb: float = 0.0,
 ) -> Float[Tensor, " b"]:
-    """The loss of each sample, (b,): the weighted squared error of the network's output, averaged over c, h, w.
+    """The weighted squared error of the network's output for each sample, averaged over c, h, w.
 
     seen: the noise in the network's input, where that is not `noise`, which it shall answer (input perturbation: Ning
     et al. 2023). A network of twice the channels says its variance too: then `vlb` times its bound joins the loss.

@@ -26,8 +26,7 @@ class SeededNoise:
         """Noise of x's shape, device and dtype, drawn in fp32. ValueError where x holds another number of images."""
         if len(x) != len(self.generators):
             raise ValueError(f"a batch of {len(x)} images has {len(self.generators)} seeds: give one for each")
-        draws = [torch.randn((1, *x.shape[1:]), generator=generator) for generator in self.generators]
-        drawn = torch.cat(draws)
+        drawn = torch.cat([torch.randn((1, *x.shape[1:]), generator=generator) for generator in self.generators])
         return (drawn.pin_memory() if x.is_cuda else drawn).to(x.device, x.dtype, non_blocking=True)
 
 
@@ -37,10 +36,7 @@ def offset(noise: Latent, strength: float, draw: Draw) -> Latent:
 
 
 def pyramid(noise: Latent, discount: float, draw: Draw) -> Latent:
-    """Noise at each halving of the sides as well, `discount` times that of the one before (Whitaker 2023).
-
-    Each element keeps unit variance.
-    """
+    """Noise at each halving of the sides too, `discount` times that before, in all of unit variance (Whitaker 2023)."""
     (channels, *side), size, weight, power = noise.shape[1:], noise.shape[2:], 1.0, 1.0
     while max(side) > 1:
         side = [(length + 1) // 2 for length in side]

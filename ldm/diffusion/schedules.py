@@ -30,10 +30,8 @@ class ScheduleConfig:
 
     betas, beta_range, zero_snr: of vp alone. shift: factor on sigma. density: of training noise levels, `uniform`
     in time (what vp does by itself) or `lognormal` in sigma with `mean` and `std` of ln sigma (flow 0 and 1, edm
-    -1.2 and 1.2): for flow that is SD3's logit-normal density of t. start: the scale of a run's first noise, that
-    of x where latents have unit deviation (`unit`, sqrt(1 + sigma^2)), or as others have it: `sigma`
-    (k-diffusion's) or `sum` (1 + sigma). whole_labels: a flow's network is told whole steps, rounded down, as
-    diffusers does.
+    -1.2 and 1.2): for flow that is SD3's logit-normal density of t. start: the scale of a run's first noise, see
+    `Schedule.start`. whole_labels: a flow's network is told whole steps, rounded down, as diffusers does.
     """
 
     kind: Literal["vp", "flow", "edm"] = "vp"
@@ -96,7 +94,7 @@ class Schedule:
         return self.quantile(torch.rand(n, generator=rng, dtype=torch.float64)).float()
 
     def start(self, sigma: float) -> float:
-        """The scale of the initial noise: the deviation of x at this level when latents have unit deviation."""
+        """The scale of the first noise: x's deviation where latents have unit deviation, or k-diffusion's, or a sum."""
         return {"unit": math.hypot(1.0, sigma), "sigma": sigma, "sum": 1.0 + sigma}[self.config.start]
 
 

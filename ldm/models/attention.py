@@ -28,8 +28,8 @@ FEWEST = 1e-30  # and 1e30: between them sums of powers of two are as exact as a
 def attend(q: Heads, k: Heads, v: Heads, mask: Mask | None = None) -> Heads:
     """softmax(q k^T / sqrt(d)) v for each head (Vaswani et al. 2017, Eq. 1); mask: True where m may be seen.
 
-    torch's fused kernel, except on a CPU: for short sequences, where its backward pass takes twelve times its forward,
-    and for long ones where it leaves the processor's widest units idle and tiles are 1.5 to 4 times as fast.
+    By torch's kernel but on a CPU: for short sequences its backward pass takes twelve times its forward, and for long
+    ones it may leave the processor's widest units idle, where tiles are 1.5 to 4 times as fast.
     """
     if q.device.type != "cpu":
         return fused(q, k, v, mask)
@@ -72,7 +72,6 @@ def _tiled(q: Heads, k: Heads, v: Heads) -> Heads:
 
 
 def fused(q: Heads, k: Heads, v: Heads, mask: Mask | None = None) -> Heads:
-    """torch's kernel."""
     return F.scaled_dot_product_attention(q, k, v, mask)
 
 
@@ -81,7 +80,6 @@ def xformers(q: Heads, k: Heads, v: Heads, mask: Mask | None = None) -> Heads:
     if mask is not None:
         return fused(q, k, v, mask)
     kernel = import_module("xformers.ops").memory_efficient_attention
-
     answer: Tensor = kernel(*(y.transpose(1, 2) for y in (q, k, v)))
     return answer.transpose(1, 2)
 
@@ -129,10 +127,8 @@ class Attention(nn.Module):
     ) -> Sequence:
         """x: (b, l, width); context: (b, m, context_dim), x itself where None; mask: True where m may be seen."""
         context = x if context is None else context
-        q, k, v = (
-            rearrange(y, "b l (n d) -> b n l d", n=self.heads)
-            for y in (self.to_q(x), self.to_k(context), self.to_v(context))
-        )
+        rows = (self.to_q(x), self.to_k(context), self.to_v(context))
+        q, k, v = (rearrange(y, "b l (n d) -> b n l d", n=self.heads) for y in rows)
         visible = None if mask is None else rearrange(mask, "b m -> b 1 1 m")
         return self.to_out(rearrange(self.attend(q, k, v, visible), "b n l d -> b l (n d)"))
 
@@ -181,14 +177,11 @@ class SpatialTransformer(nn.Module):
         self.proj_out = nn.Linear(width, width) if linear else nn.Conv2d(width, width, 1)
 
     def forward(self, x: Features, cond: Conditioning) -> Features:
-        height = x.shape[2]
-        h = self.norm(x)
-        if self.linear:
-            h = self.proj_in(rearrange(h, "b c h w -> b (h w) c"))
-        else:
-            h = rearrange(self.proj_in(h), "b c h w -> b (h w) c")
+        h = self.norm(x) if self.linear else self.proj_in(self.norm(x))
+        h = rearrange(h, "b c h w -> b (h w) c")
+        h = self.proj_in(h) if self.linear else h
         for block in self.blocks:
             h = block(h, cond)
-        if self.linear:
-            return x + rearrange(self.proj_out(h), "b (h w) c -> b c h w", h=height)
-        return x + self.proj_out(rearrange(h, "b (h w) c -> b c h w", h=height))
+        h = self.proj_out(h) if self.linear else h
+        h = rearrange(h, "b (h w) c -> b c h w", h=x.shape[2])
+        return x + (h if self.linear else self.proj_out(h))

@@ -71,7 +71,6 @@ class Gaussian(NamedTuple):
         return self.mean
 
     def sample(self, noise: Latent) -> Latent:
-        """mean + deviation * noise, noise being standard normal."""
         return self.mean + torch.exp(0.5 * self.logvar) * noise
 
     def kl(self, free: float = 0.0) -> Float[Tensor, " b"]:
@@ -91,7 +90,6 @@ class Codebook(nn.Module):
         self.codes = nn.Parameter(torch.empty(n, width).uniform_(-1 / n, 1 / n))
 
     def ids(self, z: Latent) -> Int[Tensor, "b h w"]:
-        """The number of the code nearest to each cell."""
         cells, codes = rearrange(z, "b c h w -> b h w c").float(), self.codes.float()
         return (codes.square().sum(1) - 2 * cells @ codes.T).argmin(-1)
 
@@ -193,9 +191,6 @@ class Autoencoder(nn.Module):
 
     Nothing outside knows the latent's own scale: mean and std of the config are taken out here and put back here.
     """
-
-    mean: Tensor
-    std: Tensor
 
     def __init__(self, config: AutoencoderConfig) -> None:
         super().__init__()

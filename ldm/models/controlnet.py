@@ -51,10 +51,10 @@ class ControlNet(nn.Module):
             convolutions.append(nn.Conv2d(narrow, wide, 3, padding=1, stride=2))
         convolutions.append(nn.Conv2d(hint_widths[-1], config.channels[0], 3, padding=1))
         self.hint = nn.ModuleList(convolutions)
-        last = len(config.channels) - 1
-        widths = [config.channels[0]]
-        for level, width in enumerate(config.channels):
-            widths += [width] * (config.res_blocks + (level < last))
+        widths = [
+            width for width in config.channels for _ in range(config.res_blocks + 1)
+        ]  # one more for each halving,
+        widths = [config.channels[0], *widths[:-1]]  # of which the last level has none, and for the first features
         self.zero = nn.ModuleList(nn.Conv2d(width, width, 1) for width in widths)
         self.zero_middle = nn.Conv2d(config.channels[-1], config.channels[-1], 1)
         for layer in (self.hint[-1], *self.zero, self.zero_middle):

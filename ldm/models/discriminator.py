@@ -20,9 +20,8 @@ _GROUPS = 32
 class DiscriminatorConfig:
     """`layers` halvings, each doubling `channels` (up to 8 times); 3 of them judge patches of 70 x 70 pixels.
 
-    There is no batch norm: its statistics differ between ranks, shift with small batches, and it judges the mean of a
-    batch rather than each picture. Group norm knows one picture only; `spectral` keeps the slope of each layer at
-    1 (Miyato et al. 2018).
+    No batch norm, whose statistics differ between ranks and shift with small batches: group norm knows one picture
+    only; `spectral` keeps the slope of each layer at 1 (Miyato et al. 2018).
     """
 
     channels: int = 64

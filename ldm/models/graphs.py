@@ -73,8 +73,7 @@ class Recording:
 class Recordings:
     """Those of one network, for as long as it is made of the same modules and its weights stay where they are.
 
-    A form is recorded when it comes the second time: what comes once is not worth five times its cost. Like the network
-    they serve one thread at a time.
+    A form is recorded when it comes the second time: what comes once is not worth five times its cost.
     """
 
     def __init__(self) -> None:
@@ -133,10 +132,9 @@ def state(network: nn.Module) -> list[Any]:
 
 
 class Recorded(UNet):
-    """A UNet that on a GPU replays itself where no gradient is wanted."""
+    """A UNet that on a GPU replays itself where no gradient is wanted and the form of input is not new."""
 
     def forward(self, z: Features, label: Sigma, cond: Conditioning, control: Control | None = None) -> Features:
-        """As UNet's, and by it for a form of input that is new."""
         inputs = (z, label, cond, control)
         if not _recordable(inputs):
             return super().forward(*inputs)

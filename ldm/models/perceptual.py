@@ -17,9 +17,7 @@ from torch import Tensor, nn
 from ldm.errors import UserError, reason
 from ldm.shapes import Image
 
-Layer = (
-    tuple[int, int, int, int] | int
-)  # a convolution: width, kernel, stride, padding; or the kernel of a pool of stride 2
+Layer = tuple[int, int, int, int] | int  # a convolution's width, kernel, stride, padding; a pool's kernel, of stride 2
 
 # The layers up to the last feature that is compared; a ReLU follows each convolution, as in torchvision's `features`.
 _ALEX: tuple[Layer, ...] = ((64, 11, 4, 2), 3, (192, 5, 1, 2), 3, (384, 3, 1, 1), (256, 3, 1, 1), (256, 3, 1, 1))
@@ -59,9 +57,8 @@ class LPIPS(nn.Module):
         try:
             state = load_file(path)
         except (OSError, SafetensorError) as error:
-            raise UserError(
-                f"cannot read LPIPS weights {str(path)!r}, get them by `make weights`: {reason(error)}"
-            ) from None
+            what = f"cannot read LPIPS weights {str(path)!r}, get them by `make weights`: {reason(error)}"
+            raise UserError(what) from None
         net = next((name for name, (*_, key) in reversed(NETS.items()) if key in state), "alex")
         model = cls(net)
         for index in range(len(model.heads)):
@@ -99,9 +96,8 @@ def _modules(layers: tuple[Layer, ...]) -> list[nn.Module]:
         if isinstance(layer, int):
             modules.append(nn.MaxPool2d(layer, 2))
         else:
-            wide, kernel, stride, padding = layer
-            modules += [nn.Conv2d(width, wide, kernel, stride, padding), nn.ReLU(inplace=True)]
-            width = wide
+            modules += [nn.Conv2d(width, *layer), nn.ReLU(inplace=True)]
+            width = layer[0]
     return modules
 
 

@@ -30,10 +30,10 @@ COMPILED_FORMS = 64  # a network has its blocks at several widths and resolution
 
 
 def keep_memory() -> bool:
-    """Let this process keep the memory it frees; True where that could be set (glibc).
+    """Let this process, as a whole, keep the memory it frees; True where that could be set (glibc).
 
     A network's activations are freed and asked for again at every layer, and glibc by default hands large ones back:
-    fresh pages cost more time than the layer's work on them. It acts on the whole process, so scripts call it.
+    fresh pages cost more time than the layer's work on them.
     """
     if not sys.platform.startswith("linux"):
         return False
@@ -83,14 +83,13 @@ _ROOM = threading.local()
 
 
 class Direct(nn.Linear):
-    """A linear layer that on a CPU runs by oneDNN in fp32, and in fp16 too where only that is fast.
+    """A linear layer that on a CPU without gradients runs by oneDNN in fp32, and in fp16 too where only that is fast.
 
     MKL, by which torch does it, keeps its AVX-512 kernels to Intel's processors; elsewhere this is twice as fast. Fp16
     without instructions of its own is six times as fast, and rounded once.
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        """As nn.Linear's, and by it where gradients are wanted."""
         slow = slow_fp16 if x.dtype == torch.float16 else slow_blas
         if not by_hand(x, self.weight, "cpu", torch.float32, torch.float16) or not slow():
             return super().forward(x)
@@ -104,7 +103,6 @@ class Unrolled(nn.Conv2d):
     """
 
     def forward(self, x: Features) -> Features:
-        """As nn.Conv2d's, and by it where gradients are wanted."""
         if not by_hand(x, self.weight, "cpu", *FLOATS):
             return super().forward(x)
         (height, width), (down, across) = self.kernel_size, self.stride
@@ -117,11 +115,8 @@ class Unrolled(nn.Conv2d):
         if not wide:
             return super().forward(x)
         x, bias = x.float(), torch.zeros(len(weight)) if self.bias is None else self.bias.float()
-        maps = (
-            F.conv2d(x, tile.permute(0, 3, 1, 2), bias[rows], self.stride, self.padding).half()
-            for rows, tile in _tiles(weight)
-        )
-        return torch.cat(list(maps), 1)
+        tiles = ((rows, tile.permute(0, 3, 1, 2)) for rows, tile in _tiles(weight))
+        return torch.cat([F.conv2d(x, t, bias[rows], self.stride, self.padding).half() for rows, t in tiles], 1)
 
 
 class Joined(nn.MultiheadAttention):
@@ -130,7 +125,6 @@ class Joined(nn.MultiheadAttention):
     def forward(  # type: ignore[override]
         self, query: Tensor, key: Tensor, value: Tensor, *, attn_mask: Tensor | None = None, **given: Any
     ) -> tuple[Tensor, Tensor | None]:
-        """As nn.MultiheadAttention's, and by it where anything else is wanted, or gradients."""
         weight, same = self.in_proj_weight, query is key is value and given == {"need_weights": False}
         if not (same and slow_fp16() and self.batch_first and by_hand(query, weight, "cpu", torch.float16)):
             return super().forward(query, key, value, attn_mask=attn_mask, **given)
@@ -145,7 +139,6 @@ class Fused(FeedForward):
     """A feed-forward layer that in bf16 on a CPU adds the bias and takes the GELU inside oneDNN's product."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """As FeedForward's, and by it where gradients are wanted or an adapter has wrapped the layer."""
         expand = self.expand
         if type(expand) not in (nn.Linear, Direct) or not by_hand(x, expand.weight, "cpu", torch.bfloat16):
             return super().forward(x)
@@ -161,8 +154,8 @@ class Phased(Upsample):
     """
 
     def forward(self, x: Features) -> Features:
-        """As Upsample's, and by it where gradients are wanted, an adapter has wrapped the layer, or x is small."""
         conv, (b, _, h, w) = self.conv, x.shape
+        # An adapter may have wrapped the layer.
         plain = type(conv) not in (nn.Conv2d, Unrolled) or conv.weight.is_inference() or h * w < WORTH_PHASES
         if plain or not by_hand(x, conv.weight, "cpu", torch.float32, torch.bfloat16):
             return super().forward(x)
@@ -188,8 +181,7 @@ def prepare(network: nn.Module, attention: str = "auto", compiled: bool = False)
     """Lay a network out for inference: convolutions channels-last, products by oneDNN or fused where that pays.
 
     attention: see `use_attention`; compiled: compile its transformer blocks, at their first use, and on a GPU also
-    take `kernels`, and replay a UNet as a graph. UserError for an attention that cannot be, or where there is nothing
-    to compile with.
+    take `kernels`, and replay a UNet as a graph. UserError where one of these cannot be.
     """
     network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     use_attention(network, attention)

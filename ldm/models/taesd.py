@@ -32,10 +32,8 @@ class Block(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        layers: list[nn.Module] = []
-        for _ in range(3):
-            layers += [nn.Conv2d(width, width, 3, padding=1), nn.ReLU()]
-        self.conv = nn.Sequential(*layers[:-1])
+        first, second, third = (nn.Conv2d(width, width, 3, padding=1) for _ in range(3))
+        self.conv = nn.Sequential(first, nn.ReLU(), second, nn.ReLU(), third)
 
     def forward(self, x: Features) -> Features:
         return F.relu(self.conv(x) + x)

@@ -47,15 +47,11 @@ class UNetConfig:
 
 
 class Control(NamedTuple):
-    """What steers a UNet from outside: features added to its own.
+    """Features added to a UNet's own: to each that goes across and the middle's, or one a level on the way down."""
 
-    skips, middle: to each that goes across, and to the middle's (ControlNet); inner: one a level on the way down
-    (T2I-Adapter). Empty where there are none.
-    """
-
-    skips: Sequence[Features] = ()
+    skips: Sequence[Features] = ()  # with the middle's ControlNet's
     middle: Features | float = 0.0
-    inner: Sequence[Features] = ()
+    inner: Sequence[Features] = ()  # T2I-Adapter's
 
 
 class Block(nn.Module):

@@ -1,8 +1,7 @@
 """The samplers by name: what each is, the order of convergence that it claims and a test measures, and its source.
 
-A stochastic sampler claims the order it has as a solver of the probability-flow ODE, its noise set to 0; None where
-there is no such limit. Multistep solvers that start with fewer points claim the second order that users get: one
-first-order step leaves an error of h^2, whatever follows.
+A stochastic sampler claims the order that it has without its noise, None where there is no such limit. Multistep
+solvers that start with fewer points claim the second: one first-order step leaves an error of h^2, whatever follows.
 """
 
 from functools import partial
