@@ -5,7 +5,6 @@ the four quarters, which the hash does not see: a red heart is no duplicate of a
 function of all the pictures' prints in source order, so that no split of the work changes it.
 """
 
-import hashlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,33 +14,39 @@ from PIL import Image
 
 from ldm.data.order import Ints
 
+PRINT = np.dtype([("source", "i8"), ("row", "i8"), ("digest", "S32"), ("hash", "u8"), ("colours", "u1", 12)])
 SIDE = 64  # pixels that are enough to tell looks by
 _COLOURS_APART = 24  # of 255: quarters that differ more are other pictures
 _BITS = 64
 _ROWS = 512  # of pairs compared at a time
 
 
-def look(image: Image.Image) -> tuple[int, bytes]:
+def look(image: Image.Image) -> tuple[int, list[int]]:
     """The perceptual hash and the colours of an RGB picture."""
     from imagehash import phash
 
     small = image.resize((SIDE, SIDE), Image.Resampling.BOX, reducing_gap=2.0)
     bits = np.packbits(phash(small).hash)
-    return int.from_bytes(bits.tobytes(), "big"), small.resize((2, 2), Image.Resampling.BOX).tobytes()
+    return int.from_bytes(bits.tobytes(), "big"), list(small.resize((2, 2), Image.Resampling.BOX).tobytes())
 
 
-def digest(data: bytes) -> bytes:
-    """What tells the bytes of a picture."""
-    return hashlib.sha256(data).digest()
+def judged(prints: NDArray[Any], distance: int | None) -> tuple[Ints, NDArray[Any]]:
+    """For each of n PRINTs the first that it is one of, which stays, and what they share, "" where it stays itself.
+
+    distance: in bits of their hashes, of those that look alike; None: only the same bytes count.
+    """
+    _, earliest, which = np.unique(prints["digest"], return_index=True, return_inverse=True)
+    first = earliest[which].astype(np.int64)
+    kinds = np.where(first == np.arange(len(first)), "", "same bytes").astype(object)
+    if distance is not None:
+        kept = np.flatnonzero(kinds == "")
+        similar = kept[_alike(prints["hash"][kept], prints["colours"][kept], distance)]
+        first[kept] = similar
+        kinds[kept[similar != kept]] = "looks alike"
+    return first, kinds
 
 
-def same_bytes(digests: NDArray[Any]) -> Ints:
-    """For each picture, in order, the first with the same digest: its own number where it is that one."""
-    _, first, which = np.unique(digests, return_index=True, return_inverse=True)
-    return first[which].astype(np.int64)
-
-
-def alike(hashes: NDArray[np.uint64], colours: NDArray[np.uint8], distance: int) -> Ints:
+def _alike(hashes: NDArray[np.uint64], colours: NDArray[np.uint8], distance: int) -> Ints:
     """For each picture, in order, the first earlier one that stays and looks alike, or its own number: it stays.
 
     Hashes at most `distance` bits apart agree on one of distance + 1 bands whole, so that only those of one band are

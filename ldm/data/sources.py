@@ -6,20 +6,19 @@ files and lists may lie anywhere that fsspec reaches, such as s3://bucket/photos
 
 import bisect
 import csv
-import dataclasses
 import functools
-import itertools
 import json
 import posixpath
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, cast, runtime_checkable
 
 import numpy as np
 
 from ldm.data.fetch import Downloads, fetch_all
-from ldm.data.order import locate
+from ldm.data.order import Recent, locate
 from ldm.data.remote import Cache, place, reaching
 from ldm.data.shards import Shards
 from ldm.data.tars import Damaged
@@ -31,6 +30,7 @@ REFERENCES = ("file_name", "path", "file", "image_path", "url", "URL", "image_ur
 _IDS = ("id", "key", "__key__")
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif")
 _LISTS = (".jsonl", ".csv", ".tsv")
+_OPEN_FILES = 4
 
 
 class Raw(NamedTuple):
@@ -89,44 +89,43 @@ def _open(path: str, limits: Downloads) -> Source:
             found = system.find(inside, detail=True) if kind == "directory" else {}
     except FileNotFoundError:
         raise UserError(f"source {path!r} is not there: give a folder, a .parquet file, a list or shards") from None
-    remote = "://" in path
-    full = {name: system.unstrip_protocol(name) if remote else name for name in sorted(found)}
-    inner = {posixpath.relpath(name, inside): name for name in full}
-    stem, suffix = posixpath.splitext(posixpath.basename(inside))
     if kind != "directory":
+        stem, suffix = posixpath.splitext(posixpath.basename(inside))
         if suffix == ".parquet":
-            return _open_parquet(stem, [path], limits)
+            return ParquetSource(stem, [path], limits)
         if suffix in _LISTS:
             rows = _listed(path)
-            return References(stem, path.rpartition("/")[0] or ".", rows, _reference_column(path, rows), limits)
+            return References(stem, _folder(path), rows, _reference_column(path, rows), limits)
         raise UserError(f"source {path!r} is neither a folder, a .parquet, .jsonl or .csv file nor shards (.tar)")
+    remote = "://" in path
     name = posixpath.basename(inside) if remote else Path(path).resolve().name
-    if any(name.endswith(".tar") and "/" not in name for name in inner):
+    files = {posixpath.relpath(n, inside): system.unstrip_protocol(n) if remote else n for n in sorted(found)}
+    if any(file.endswith(".tar") and "/" not in file for file in files):
         return ShardSource(path, limits)
-    metadata = next((n for n in ("metadata.jsonl", "metadata.csv") if n in inner), None)
-    if metadata:
-        listing = full[inner[metadata]]
+    if listing := next((files[n] for n in ("metadata.jsonl", "metadata.csv") if n in files), None):
         rows = _listed(listing)
-        for number, row in enumerate(rows, 1):
-            if not isinstance(row.get("file_name"), str) or not row["file_name"]:
-                raise UserError(f"{listing!r} has no file_name in entry {number}")
-        return References(name, path, rows, "file_name", limits, confined=True, texts=frozenset(inner))
-    parquet = [full[inner[n]] for n in inner if n.endswith(".parquet")]
+        _check(listing, rows, "file_name")
+        return References(name, path, rows, "file_name", limits, frozenset(files))
+    parquet = [file for n, file in files.items() if n.endswith(".parquet")]
     if parquet:
-        return _open_parquet(name, parquet, limits)
-    images = [n for n in inner if n.lower().endswith(_SUFFIXES)]
-    if not images:
+        return ParquetSource(name, parquet, limits)
+    rows = [{"file_name": n} for n in files if n.lower().endswith(_SUFFIXES)]
+    if not rows:
         raise UserError(f"folder {path!r} holds no images ({', '.join(_SUFFIXES)}), no metadata and no parquet files")
-    rows, sizes = [{"file_name": n} for n in images], [found[inner[n]].get("size") for n in images]
-    return References(name, path, rows, "file_name", limits, confined=True, texts=frozenset(inner), seen=str(sizes))
+    sizes = [found[n].get("size") for n in sorted(found) if n.lower().endswith(_SUFFIXES)]
+    return References(name, path, rows, "file_name", limits, frozenset(files), str(sizes))
+
+
+def _folder(path: str) -> str:
+    return path.rpartition("/")[0] or "."
 
 
 @dataclass(frozen=True)
 class References:
     """Rows that say where each picture is: a listed folder, or a list of paths (from the list's folder on) and URLs.
 
-    rows: columns, among them `column`, the reference; confined: it may not lead out of the folder; texts: the files
-    that may be a `.txt` beside a picture, with one caption on each line; seen: what else the stamp follows from.
+    rows: columns, among them `column`, the reference; files: of a folder, out of which no reference may lead, and where
+    a `.txt` beside a picture holds a caption on each line; seen: what else the stamp follows from.
     """
 
     name: str
@@ -134,8 +133,7 @@ class References:
     rows: list[dict[str, Any]]
     column: str
     limits: Downloads
-    confined: bool = False
-    texts: frozenset[str] = frozenset()
+    files: frozenset[str] | None = None
     seen: str = ""
 
     @functools.cached_property
@@ -160,7 +158,7 @@ class References:
         for row, text, data in zip(chosen, beside, files, strict=True):
             lines = next(texts) if text else b""
             columns = _with_captions({k: v for k, v in row.items() if k != "file_name"})
-            if self.confined and self._leads_out(row):
+            if self.files is not None and self._leads_out(row):
                 yield UserError("file_name leads out of the folder")
             elif isinstance(data, UserError) or isinstance(lines, UserError):
                 yield data if isinstance(data, UserError) else UserError("the .txt cannot be read")
@@ -178,7 +176,7 @@ class References:
 
     def _beside(self, row: Mapping[str, Any]) -> str:
         name = posixpath.splitext(str(row[self.column]))[0] + ".txt"
-        return f"{self.folder}/{name}" if name in self.texts else ""
+        return f"{self.folder}/{name}" if name in (self.files or ()) else ""
 
     def _leads_out(self, row: Mapping[str, Any]) -> bool:
         if "://" in self.folder:
@@ -192,10 +190,14 @@ def _reference_column(path: str, rows: Sequence[Mapping[str, Any]]) -> str:
     column = next((name for name in REFERENCES if isinstance(rows[0].get(name), str)), None)
     if column is None:
         raise UserError(f"list {path!r} has no column of paths or URLs ({', '.join(REFERENCES)}), only {list(rows[0])}")
+    _check(path, rows, column)
+    return column
+
+
+def _check(path: str, rows: Sequence[Mapping[str, Any]], column: str) -> None:
     for number, row in enumerate(rows, 1):
         if not isinstance(row.get(column), str) or not row[column].strip():
-            raise UserError(f"list {path!r} has no {column} in entry {number}")
-    return column
+            raise UserError(f"{path!r} has no {column} in entry {number}")
 
 
 def _listed(path: str) -> list[dict[str, Any]]:
@@ -215,44 +217,46 @@ def _listed(path: str) -> list[dict[str, Any]]:
     return rows
 
 
-def _open_parquet(name: str, paths: Sequence[str], limits: Downloads) -> "ParquetSource":
-    """Parquet files of pictures, or of rows that say where they are."""
-    source = ParquetSource(name, tuple(paths))
-    names = source.check()
-    if source.image_column() is not None:
-        return source
-    column = next((c for c in REFERENCES if c in names), None)
-    if column is None:
-        raise UserError(f"{paths[0]!r} has no column of image bytes, paths or URLs, only {', '.join(names)}")
-    places = References(name, paths[0].rpartition("/")[0] or ".", [], column, limits)
-    return dataclasses.replace(source, places=places)
-
-
-@dataclass(frozen=True)
 class ParquetSource:
     """Parquet files with an image column (bytes, or a struct with bytes), or whose rows say where pictures are, as
-    img2dataset takes them: `places`. Captions are text, or lists of it."""
+    img2dataset takes them. Captions are text, or lists of it. UserError for files that cannot be read as one table."""
 
-    name: str
-    paths: tuple[str, ...]
-    places: References | None = None
-    random: bool = dataclasses.field(default=False, init=False)
+    random = False
+
+    def __init__(self, name: str, paths: Sequence[str], limits: Downloads) -> None:
+        self.name, self._paths, self._limits = name, paths, limits
+        self._file = Recent(self._opened, _OPEN_FILES)
+        self._groups: list[tuple[int, int, int]] = []  # the first row, the file, the row group in it
+        schema, total = self._file(0).schema_arrow, 0
+        for number, path in enumerate(paths):
+            file = self._file(number)
+            if missing := sorted(set(schema.names) - set(file.schema_arrow.names)):
+                raise UserError(f"{path!r} has no column {missing[0]!r}, which {paths[0]!r} has")
+            for group in range(file.metadata.num_row_groups):
+                self._groups.append((total, number, group))
+                total += file.metadata.row_group(group).num_rows
+        able = [field.name for field in schema if _holds_bytes(field.type)]
+        self._image = next((name for name in IMAGES if name in able), able[0] if able else "")
+        self._reference = next((name for name in REFERENCES if name in schema.names), "")
+        if not self._image and not self._reference:
+            names = ", ".join(schema.names)
+            raise UserError(f"{paths[0]!r} has no column of image bytes, paths or URLs, only {names}")
 
     @property
     def downloads(self) -> bool:
-        return self.places is not None
+        return not self._image
 
     def ids(self) -> list[str]:
         found: list[str] = []
-        for number in range(len(self.paths)):
+        for number, path in enumerate(self._paths):
             file = self._file(number)
             column = next((name for name in _IDS if name in file.schema_arrow.names), None)
             if column is None:
                 own = [f"{row:09d}" for row in range(file.metadata.num_rows)]
             else:
-                table = self._sound(number, functools.partial(file.read, [column]))
-                own = [str(value) for value in table[column].to_pylist()]
-            part = f"{posixpath.basename(self.paths[number])}/" if len(self.paths) > 1 else ""
+                with _whole(path):
+                    own = [str(value) for value in file.read([column])[column].to_pylist()]
+            part = f"{posixpath.basename(path)}/" if len(self._paths) > 1 else ""
             found += [part + id for id in own]
         return found
 
@@ -262,80 +266,56 @@ class ParquetSource:
             info = system.info(inside)
             return [path, *(str(info.get(k)) for k in ("size", "mtime", "ETag", "LastModified"))]
 
-        return json.dumps([one(path) for path in self.paths])
+        return json.dumps([one(path) for path in self._paths])
 
     def read(self, rows: Sequence[int]) -> Iterator[Raw | UserError]:
-        if self.places:
-            told = [row | {self.places.column: row[self.places.column] or ""} for row in self.rows(rows)]
-            yield from dataclasses.replace(self.places, rows=told).read(range(len(told)))
+        if not self._image:
+            told = [row | {self._reference: row[self._reference] or ""} for row in self._rows(rows)]
+            places = References(self.name, _folder(self._paths[0]), told, self._reference, self._limits)
+            yield from places.read(range(len(told)))
             return
-        image = self.image_column()
-        for columns in self.rows(rows):
-            value = columns.pop(image or "", None)
+        for columns in self._rows(rows):
+            value = columns.pop(self._image)
             data = value.get("bytes") if isinstance(value, dict) else value
             yield Raw(data, _with_captions(columns)) if data else UserError("no image bytes")
 
-    def rows(self, rows: Sequence[int]) -> Iterator[dict[str, Any]]:
+    def _rows(self, rows: Sequence[int]) -> Iterator[dict[str, Any]]:
         """The columns of each row. Rising rows read each row group once."""
-        starts, here, table = self._sound(0, lambda: _row_groups(self.paths)), -1, None
+        here, table = -1, cast(Any, None)
         for row in rows:
-            group = bisect.bisect_right(starts, row, key=lambda start: start[0]) - 1
-            start, number, within = starts[group]
+            group = bisect.bisect_right(self._groups, row, key=lambda group: group[0]) - 1
+            start, number, within = self._groups[group]
             if group != here:
-                here, file = group, self._file(number)
-                table = self._sound(number, functools.partial(file.read_row_group, within))
-            yield table.slice(row - start, 1).to_pylist()[0]  # type: ignore[union-attr]
+                with _whole(self._paths[number]):
+                    here, table = group, self._file(number).read_row_group(within)
+            yield table.slice(row - start, 1).to_pylist()[0]
 
-    def check(self) -> list[str]:
-        """The names of the columns. UserError where a file is not parquet or has other columns than the first."""
-        names: list[str] = self._file(0).schema_arrow.names
-        for number in range(1, len(self.paths)):
-            missing = set(names) - set(self._file(number).schema_arrow.names)
-            if missing:
-                path, column = self.paths[number], sorted(missing)[0]
-                raise UserError(f"{path!r} has no column {column!r}, which {self.paths[0]!r} has")
-        return names
+    def _opened(self, number: int) -> Any:
+        import pyarrow.parquet as pq
 
-    def image_column(self) -> str | None:
-        import pyarrow as pa
-
-        def holds_bytes(kind: Any) -> bool:
-            if pa.types.is_struct(kind):
-                return any(field.name == "bytes" for field in kind)
-            return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
-
-        able = [field.name for field in self._file(0).schema_arrow if holds_bytes(field.type)]
-        return next((name for name in IMAGES if name in able), able[0] if able else None)
-
-    def _file(self, number: int) -> Any:
-        return self._sound(number, lambda: _parquet_file(self.paths[number]))
-
-    def _sound(self, number: int, read: Callable[[], Any]) -> Any:
-        """What `read` returns; UserError where the file is no parquet file or a damaged one."""
-        import pyarrow as pa
-
-        try:
-            return read()
-        except (OSError, pa.ArrowInvalid) as error:
-            raise UserError(f"{self.paths[number]!r} is not a whole parquet file: {error}") from None
+        path = self._paths[number]
+        system, inside = place(path)
+        with _whole(path):
+            return pq.ParquetFile(system.open(inside, "rb") if "://" in path else path)
 
 
-def _parquet_file(path: str) -> Any:
-    import pyarrow.parquet as pq
+def _holds_bytes(kind: Any) -> bool:
+    import pyarrow as pa
 
-    system, inside = place(path)
-    return pq.ParquetFile(system.open(inside, "rb") if "://" in path else path)
+    if pa.types.is_struct(kind):
+        return any(field.name == "bytes" for field in kind)
+    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
 
 
-@functools.lru_cache(16)
-def _row_groups(paths: tuple[str, ...]) -> list[tuple[int, int, int]]:
-    """(first row, file, row group in the file) of every row group."""
-    sizes = []
-    for number, path in enumerate(paths):
-        about = _parquet_file(path).metadata
-        sizes += [(about.row_group(g).num_rows, number, g) for g in range(about.num_row_groups)]
-    firsts = itertools.accumulate((size for size, _, _ in sizes), initial=0)
-    return [(first, number, group) for first, (_, number, group) in zip(firsts, sizes, strict=False)]
+@contextmanager
+def _whole(path: str) -> Iterator[None]:
+    """UserError where a file is no parquet file or a damaged one."""
+    import pyarrow as pa
+
+    try:
+        yield
+    except (OSError, pa.ArrowInvalid) as error:
+        raise UserError(f"{path!r} is not a whole parquet file: {error}") from None
 
 
 class ShardSource:

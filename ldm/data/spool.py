@@ -3,7 +3,6 @@
 Each is whole or not there. What could not be had stays an error in it, so that reading twice gives the same twice.
 """
 
-import functools
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -14,13 +13,14 @@ import numpy as np
 
 from ldm.data import tars
 from ldm.data.engine import Tick
-from ldm.data.order import Ints
+from ldm.data.order import Ints, Recent
 from ldm.data.shards import write_shard
 from ldm.data.sources import Raw, Source
 from ldm.data.tars import Damaged, Index
 from ldm.errors import UserError
 
 ROWS = 1000  # of a file
+_OPEN_FILES = 256
 _PICTURE = "jpg"  # in which format ever
 
 
@@ -33,35 +33,34 @@ class Piece:
     rows: list[int]
 
 
-@dataclass(frozen=True)
 class Spool:
     """The rows of one source that were chosen, in rising order."""
 
-    folder: Path
-    rows: Ints
+    def __init__(self, source: int, folder: Path, rows: Ints) -> None:
+        self.source, self.folder, self.rows = source, folder, rows
+        self._opened = Recent(self._open, _OPEN_FILES)
 
-    def path(self, number: int) -> Path:
-        return self.folder / f"{number:06d}.tar"
-
-    def pieces(self, source: int) -> list[Piece]:
+    def pieces(self) -> list[Piece]:
         """All the files."""
         starts = enumerate(range(0, len(self.rows), ROWS))
-        return [Piece(source, self.path(n), self.rows[start : start + ROWS].tolist()) for n, start in starts]
+        return [Piece(self.source, self._path(n), self.rows[start : start + ROWS].tolist()) for n, start in starts]
 
     def read(self, rows: Sequence[int]) -> Iterator[Raw | UserError]:
         """The rows by their number in the source."""
         for number in np.searchsorted(self.rows, rows).tolist():
-            file, index = _open(self.path(number // ROWS))
+            file, index = self._opened(number // ROWS)
             found = tars.read(file.fileno(), index[number % ROWS], check=True)
             if found is None:
                 raise Damaged(f"{file.name!r} was altered: remove it and run again")
             about = json.loads(found[1]["json"])
             yield Raw(found[1][_PICTURE], about) if isinstance(about, dict) else UserError(about)
 
+    def _path(self, number: int) -> Path:
+        return self.folder / f"{number:06d}.tar"
 
-@functools.lru_cache(256)
-def _open(path: Path) -> tuple[BinaryIO, Index]:
-    return path.open("rb"), tars.parse_index(path.with_suffix(".idx").read_bytes())
+    def _open(self, number: int) -> tuple[BinaryIO, Index]:
+        path = self._path(number)
+        return path.open("rb"), tars.parse_index(path.with_suffix(".idx").read_bytes())
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ import errno
 import io
 import json
 import re
+import shutil
 import tarfile
 from pathlib import Path
 
@@ -178,6 +179,17 @@ def table(tmp_path, picture):
     rows = [{"id": f"p{n}", "image": image, "text": f"thing {n}"} for n, image in enumerate(images)]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "table.parquet", row_group_size=5)
     return tmp_path / "table.parquet"
+
+
+def test_what_was_read_before_is_never_taken_for_what_is_there(tmp_path, picture):
+    """Prepared again in one process, to the same folder and out of a file of the same name."""
+    for rows in (range(6), range(10, 30)):
+        table = pa.Table.from_pylist([{"id": f"p{n}", "image": picture(n), "text": f"thing {n}"} for n in rows])
+        pq.write_table(table, tmp_path / "x.parquet", row_group_size=len(rows) // 3)
+        run([tmp_path / "x.parquet"], tmp_path / "out")
+        found = samples(tmp_path / "out")
+        assert {id: columns["image"] for id, columns in found.items()} == {f"p{n}": picture(n) for n in rows}
+        shutil.rmtree(tmp_path / "out")
 
 
 @pytest.mark.parametrize("duplicates, left", [("keep", 70), ("exact", 64), ("near", 58)])

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from ldm.data import prepare as module
+from ldm.data import engine
 from ldm.data.fetch import Downloads
 from ldm.data.options import PrepareConfig
 from ldm.data.prepare import prepare
@@ -58,18 +58,16 @@ def test_ray_makes_the_same_shards_though_a_node_is_lost(photos, tmp_path, monke
         cluster.wait_for_nodes()
 
         class Caught:
-            def __init__(self, *parts):
-                self.parts = parts
+            def __init__(self, work):
+                self.work = work
 
-            def __call__(self, job, tick):
+            def __call__(self, part, tick):
                 import ray
 
-                from ldm.data.prepare import Making
-
-                if ray.get_runtime_context().get_node_id() == doomed:
-                    (started / str(job.number)).touch()
+                if ray.get_runtime_context().get_node_id() == doomed and type(self.work).__name__ == "Making":
+                    (started / str(part.number)).touch()
                     time.sleep(300)
-                return Making(*self.parts)(job, tick)
+                return self.work(part, tick)
 
         def kill() -> None:
             while not any(started.iterdir()):
@@ -78,7 +76,8 @@ def test_ray_makes_the_same_shards_though_a_node_is_lost(photos, tmp_path, monke
 
         doomed, started = victim.node_id, tmp_path / "started"
         started.mkdir()
-        monkeypatch.setattr(module, "Making", Caught)
+        run = engine.run
+        monkeypatch.setattr(engine, "run", lambda name, work, *rest: run(name, Caught(work), *rest))
         killer = threading.Thread(target=kill, daemon=True)
         killer.start()
         prepare([str(photos)], PrepareConfig(str(tmp_path / "ray"), engine="ray", **options), lambda *n: None)
