@@ -75,6 +75,7 @@ class PrepareConfig:
     max_caption: int = _number(2000, "longer captions, in characters, are left out (2000)")
     raw_captions: bool = _option(False, "leave HTML and Unicode in captions as they are (cleaned)")
     match: str = _option("", "keep pictures with a caption that has this regular expression")
+    match_id: str = _option("", "keep pictures whose id has this regular expression")
     # Shards
     shard_size: int = _number(2000, "most samples in a shard (2000)", 1, 10_000)
     holdout: float = _number(0.0, "share kept for validation in OUT/val (0)", 0, 0.999)
@@ -115,10 +116,11 @@ def check(config: PrepareConfig) -> None:
     for name in config.formats:
         if name not in READABLE:
             raise UserError(f"no format is called {name!r}{nearest(name, list(READABLE))}: {', '.join(READABLE)}")
-    try:
-        re.compile(config.match)
-    except re.error as error:
-        raise UserError(f"match {config.match!r} is not a regular expression: {error}") from None
+    for pattern in (config.match, config.match_id):
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise UserError(f"match {pattern!r} is not a regular expression: {error}") from None
     try:
         ImageColor.getcolor(config.background, "RGB")
     except ValueError:

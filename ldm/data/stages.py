@@ -79,6 +79,11 @@ def choosing(config: PrepareConfig, names: Sequence[str]) -> dict[str, Stage]:
         templates = [template for template in templates if "colour" in template.fields()]
     tidy = clean if config.raw_captions else plain
 
+    def match_id(record: Record) -> Record:
+        if not re.search(config.match_id, record.id):
+            raise Dropped("no id that matches")
+        return record
+
     def recolour(record: Record) -> Record:
         colour = str(record.columns.get("colour") or "")
         if colour not in (*PAINTS, "grey", "black"):
@@ -128,9 +133,9 @@ def choosing(config: PrepareConfig, names: Sequence[str]) -> dict[str, Stage]:
             raise Dropped(f"longer than {config.max_aspect:g}:1", f"{width} x {height}")
         return record
 
-    first = {"recolour": recolour} if config.recolour is not None else {}
     return {
-        **first,
+        **({"match id": match_id} if config.match_id else {}),
+        **({"recolour": recolour} if config.recolour is not None else {}),
         "captions": captions,
         **({"match": match} if config.match else {}),
         "open": open_,

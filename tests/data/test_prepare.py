@@ -365,6 +365,7 @@ def test_another_preparation_is_not_overwritten(photos, tmp_path):
         ({"templates": ("a {",)}, "cannot be read"),
         ({"limit_per_source": 0}, "limit per source 0"),
         ({"match": "["}, "is not a regular expression"),
+        ({"match_id": "("}, "is not a regular expression"),
     ],
 )
 def test_options_that_cannot_work_are_refused(photos, tmp_path, options, message):
@@ -384,3 +385,9 @@ def test_shards_are_what_tarfile_writes(tmp_path, name):
                 info.size = len(data)
                 tar.addfile(info, io.BytesIO(data))
     assert (tmp_path / "x.tar").read_bytes() == (tmp_path / "y.tar").read_bytes()
+
+
+def test_pictures_are_chosen_by_their_ids(photos, tmp_path):
+    report = run([photos], tmp_path / "out", match_id=r"^1\d\.png$")
+    assert samples(tmp_path / "out").keys() == {f"1{n}.png" for n in range(10)}
+    assert report["refused"]["no id that matches"]["count"] == 30
