@@ -3,7 +3,7 @@
 import itertools
 import signal
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypedDict, runtime_checkable
 
@@ -84,14 +84,23 @@ def loader(
         raise UserError(
             f"{stop} samples are asked for, data.epochs gives {limits.end}: take fewer steps or more epochs"
         )
-    positions = _Positions(batch_size, start, limits.end if stop is None else stop, rank, world)
+    end, share = limits.end if stop is None else stop, batch_size // world
+
+    def positions() -> Iterator[list[int]]:
+        for first in itertools.count(start, batch_size) if end is None else range(start, end, batch_size):
+            last = first + (rank + 1) * share
+            if mine := list(range(last - share, last if end is None else min(last, end))):
+                yield mine
+
     return _batches(dataset, positions, limits, workers)
 
 
-def _batches(dataset: Dataset, positions: "_Positions", limits: Limits, workers: int) -> Iterator[Batch]:
+def _batches(
+    dataset: Dataset, positions: Callable[[], Iterator[list[int]]], limits: Limits, workers: int
+) -> Iterator[Batch]:
     batches: DataLoader[Any] = DataLoader(
         _Quiet(dataset),  # type: ignore[arg-type]
-        batch_sampler=positions,
+        batch_sampler=positions(),
         collate_fn=_same,
         num_workers=workers,
         pin_memory=torch.cuda.is_available(),
@@ -101,7 +110,7 @@ def _batches(dataset: Dataset, positions: "_Positions", limits: Limits, workers:
     )
     damaged = read = 0
     coming = iter(batches)
-    for wanted in positions:
+    for wanted in positions():
         try:
             batch = next(coming)
         except RuntimeError as error:
@@ -143,27 +152,6 @@ def _explained(error: RuntimeError, dataset: Dataset, wanted: list[int], limits:
         why = text.rpartition("DataLoader worker")[2].strip().splitlines()[0]
         return UserError(f"a data process {why} while it read on to {where}: was it killed for want of memory?")
     return error
-
-
-@dataclass(frozen=True)
-class _Positions:
-    """The lists of positions that one rank reads."""
-
-    batch_size: int
-    start: int
-    stop: int | None
-    rank: int
-    world: int
-
-    def __iter__(self) -> Iterator[list[int]]:
-        share = self.batch_size // self.world
-        for first in itertools.count(self.start, self.batch_size):
-            if self.stop is not None and first >= self.stop:
-                return
-            last = first + (self.rank + 1) * share
-            mine = list(range(last - share, last if self.stop is None else min(last, self.stop)))
-            if mine:
-                yield mine
 
 
 @dataclass(frozen=True)

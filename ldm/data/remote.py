@@ -7,7 +7,6 @@ longest ago goes first. Every wait ends after `patience` seconds in which nothin
 import fcntl
 import hashlib
 import os
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +17,7 @@ from typing import IO, Any
 
 from ldm.data.tars import Damaged
 from ldm.errors import UserError
-from ldm.files import flush, sha256
+from ldm.files import Beside, flush, sha256
 
 COPIES = "~/.cache/ldm/shards"
 _TRIES = 3
@@ -166,34 +165,30 @@ class Cache:
 
     def _copy(self, url: str, part: IO[bytes]) -> None:
         """Fetch in a thread, and watch it: no file system's own limits are relied on."""
-        failure: list[Exception] = []
-        heard, came = time.monotonic(), 0
+        came = 0
 
         def work() -> None:
             nonlocal came
-            try:
-                system, remote = place(url)
-                part.seek(0)
-                with system.open(remote, "rb") as source:
-                    while chunk := source.read(1 << 20):
-                        came += part.write(chunk)
-                part.truncate()
-            except Exception as error:  # told below
-                failure.append(error)
+            system, remote = place(url)
+            part.seek(0)
+            with system.open(remote, "rb") as source:
+                while chunk := source.read(1 << 20):
+                    came += part.write(chunk)
+            part.truncate()
 
-        thread = threading.Thread(target=work, daemon=True)
-        thread.start()
-        seen = 0
-        while thread.is_alive():
-            thread.join(_POLL)
+        copying, heard, seen = Beside(work), time.monotonic(), 0
+        while copying.is_alive():
+            copying.join(_POLL)
             if came != seen:
                 heard, seen = time.monotonic(), came
             if time.monotonic() - heard > self.patience:
                 raise UserError(
                     f"shard {url!r} sent nothing for {self.patience:g} s: look at the server or the network"
                 )
-        if failure:
-            raise failure[0] if isinstance(failure[0], OSError) else OSError(str(failure[0]))
+        try:
+            copying.result()
+        except Exception as error:  # a remote file system raises what its client library raises
+            raise error if isinstance(error, OSError) else OSError(str(error)) from None
 
 
 def _locked(path: Path) -> IO[bytes] | None:
