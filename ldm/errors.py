@@ -29,9 +29,8 @@ class Parser(argparse.ArgumentParser):
     """An argument parser whose complaint is a UserError: one line, without the usage text. Flags are spelt in full."""
 
     def __init__(self, description: str | None) -> None:
-        super().__init__(
-            description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-        )
+        how = argparse.RawDescriptionHelpFormatter
+        super().__init__(description=description, formatter_class=how, allow_abbrev=False)
 
     def error(self, message: str) -> NoReturn:
         flags = [flag for action in self._actions for flag in action.option_strings]

@@ -25,8 +25,8 @@ def main() -> None:
     args, overrides = parser.parse_known_args()
 
     from ldm import config
+    from ldm.evaluation.judge import JudgeRun, make_judge
     from ldm.evaluation.store import Store
-    from ldm.evaluation.training import JudgeRun, make_judge
 
     judge = make_judge(config.load(JudgeRun, args.config, overrides), Store(args.work, chunk=32))
     judge.save(args.out)

@@ -36,10 +36,7 @@ HINTS: dict[str, Callable[[Any], Any]] = {"canny": canny, "soft_edges": soft_edg
 
 
 def draw(name: str, image: Image) -> Tensor:
-    """The hint (b, 3, h, w) in [0, 1] of pictures in [-1, 1]; `none`: the pictures themselves.
-
-    UserError for a name that is not known, or where scikit-image is not installed.
-    """
+    """The hint (b, 3, h, w) in [0, 1] of pictures; `none`: themselves. UserError for what is not known or installed."""
     if name == "none":
         return image.clamp(-1, 1) / 2 + 0.5
     if name not in HINTS:
@@ -55,10 +52,7 @@ def draw(name: str, image: Image) -> Tensor:
 
 
 def agreement(edges: Tensor, others: Tensor, within: float = 2.0) -> float:
-    """F1 of two pictures' edges (h, w), True where one is: found is what the other has within so many pixels.
-
-    1 where neither has any.
-    """
+    """F1 of two pictures' edges (h, w): found is what the other has within so many pixels. 1 where neither has any."""
     from scipy.ndimage import distance_transform_edt as distance
 
     def found(mine: Tensor, theirs: Tensor) -> float:

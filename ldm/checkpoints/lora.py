@@ -1,7 +1,7 @@
 """Reading LoRA files of every trainer in use, and finding the weights of a model that their names mean.
 
-kohya's and LyCORIS's names (underscores, alpha), diffusers' and peft's of every age (dots, `lora_A`, `.lora.down`,
-`processor.to_q_lora`), and cloneofsimo's, which are numbers. Those of the UNet may be diffusers' or CompVis's.
+kohya's and LyCORIS's names (underscores, alpha), diffusers' and peft's of every age (dots, `lora_A`, `.lora.down`), and
+cloneofsimo's, which are numbers. Those of the UNet may be diffusers' or CompVis's.
 """
 
 import json
@@ -23,7 +23,7 @@ from ldm.checkpoints.files import SafeFile, brief
 from ldm.checkpoints.integrity import FLOATS
 from ldm.checkpoints.keymap import KeyMap, refuse, some
 from ldm.checkpoints.native import Model, finite
-from ldm.errors import UserError
+from ldm.errors import UserError, reason
 
 Role = Literal["down", "up", "mid", "alpha", "dora", "magnitude"]
 _NAME = re.compile(
@@ -134,16 +134,13 @@ def find(model: Model, lora: Lora) -> dict[str, tuple[Place, LowRank]]:
             found[name] = place, _adapter(tensors, shape, _scale(name, tensors, lora.settings))
         except ValueError as error:
             misfits.append(f"{name} {error}")
+    its = f"of its {len(lora.pairs)} places"
     if misfits:
-        raise UserError(
-            f"the LoRA {lora.name!r} is for a model of other shapes: {len(misfits)} of its {len(lora.pairs)} places "
-            f"do not fit ({some(misfits)})"
-        )
+        wrong = f"{len(misfits)} {its} do not fit ({some(misfits)})"
+        raise UserError(f"the LoRA {lora.name!r} is for a model of other shapes: {wrong}")
     if not found:
-        raise UserError(
-            f"the LoRA {lora.name!r} changes nothing in this model: none of its {len(lora.pairs)} places is known here "
-            f"({some([*lora.pairs, *lora.spare])})"
-        )
+        wrong = f"none {its} is known here ({some([*lora.pairs, *lora.spare])})"
+        raise UserError(f"the LoRA {lora.name!r} changes nothing in this model: {wrong}")
     return found
 
 
@@ -164,9 +161,8 @@ def parts(model: Model) -> list[tuple[str, str, KeyMap]]:
     """
     backbone, text, config = model.whole()
     found = [("unet", "backbone.", diffusers.unet(backbone))]
-    for part, module, tower in zip(
-        ("text_encoder", "text_encoder_2"), ("tower", "second"), config.towers, strict=False
-    ):
+    names = (("text_encoder", "tower"), ("text_encoder_2", "second"))
+    for (part, module), tower in zip(names, config.towers, strict=False):
         found.append((part, f"text.{module}.", diffusers.clip(getattr(text, module), tower)))
     return found
 
@@ -194,9 +190,9 @@ def _numbered(names: Iterable[str], known: Mapping[str, Place]) -> dict[str, Pla
 
     A list that does not say of what (`lora:`) is the UNet's where it is as long.
     """
-    blocks = [name.removesuffix("_attn1_to_q") for name in known if re.search(r"_blocks_.*_attn1_to_q$", name)]
-    blocks = [name for name in blocks if re.match(r"unet/(down_blocks|up_blocks|mid_block)", name)]
-    blocks.sort(key=lambda name: ["down", "up_b", "mid_"].index(name.removeprefix("unet/")[:4]))
+    met_in = [re.fullmatch(r"(unet/(down|up|mid)_block.*)_attn1_to_q", name) for name in known]
+    found = sorted((m for m in met_in if m), key=lambda m: ("down", "up", "mid").index(m[2]))
+    blocks = [match[1] for match in found]
     attention = ("to_q", "to_k", "to_v", "to_out_0")
     first, second = ([f"_{kind}_{leaf}" for leaf in attention] for kind in ("attn1", "attn2"))
     unet = {
@@ -223,10 +219,10 @@ def _tensors(file: SafeFile) -> tuple[dict[str, dict[str, Tensor]], tuple[str, .
     spare, broken = [], set()
     for name, entry in file.entries.items():
         match = _NUMBERED.fullmatch(name) or _NAME.fullmatch(name)
-        if match is None or entry.dtype not in FLOATS:
+        place, said = (match["place"], next(word for word in match.groups()[1:] if word)) if match else ("", "")
+        if not match or (entry.dtype not in FLOATS and said != "alpha"):  # which some write as a whole number
             spare.append(name)
             continue
-        place, said = match["place"], next(word for word in match.groups()[1:] if word)
         value = file.tensor(name).float()
         if not finite(value):
             broken.add(name)
@@ -234,18 +230,14 @@ def _tensors(file: SafeFile) -> tuple[dict[str, dict[str, Tensor]], tuple[str, .
     if not pairs:
         raise UserError(f"this is no LoRA: none of its {len(spare)} tensors belongs to one ({some(spare)})")
     least = {"down": 2, "up": 2, "mid": 4}
-    refuse(
-        **{
-            "without both of down and up": {name for name, held in pairs.items() if not {"down", "up"} <= held.keys()},
-            "misshapen": {
-                f"{name} ({role})"
-                for name, held in pairs.items()
-                for role, value in held.items()
-                if not value.numel() or value.dim() < least.get(role, 0) or (role == "alpha" and value.numel() > 1)
-            },
-            "not finite": broken,
-        }
-    )
+    halves = {name for name, held in pairs.items() if not {"down", "up"} <= held.keys()}
+    misshapen = {
+        f"{name} ({role})"
+        for name, held in pairs.items()
+        for role, value in held.items()
+        if not value.numel() or value.dim() < least.get(role, 0) or (role == "alpha" and value.numel() > 1)
+    }
+    refuse(**{"without both of down and up": halves, "misshapen": misshapen, "not finite": broken})
     return pairs, tuple(spare)
 
 
@@ -256,9 +248,9 @@ def _settings(metadata: Mapping[str, str], beside: Path | None) -> dict[str, dic
         if beside is not None and beside.is_file():
             said = {f".{key}": value for key, value in json.loads(beside.read_text()).items()}
         elif "lora_adapter_metadata" in metadata:
-            said = dict(json.loads(metadata["lora_adapter_metadata"]))
+            said = {str(key): value for key, value in dict(json.loads(metadata["lora_adapter_metadata"])).items()}
     except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f"its settings cannot be read: {getattr(error, 'strerror', None) or error}") from None
+        raise UserError(f"its settings cannot be read: {reason(error)}") from None
     settings: dict[str, dict[str, Any]] = {}
     for key, value in said.items():
         part, _, field = key.partition(".")
@@ -280,26 +272,24 @@ def _scale(name: str, tensors: Mapping[str, Tensor], settings: Mapping[str, Mapp
     for pattern, value in exceptions.items() if isinstance(exceptions, dict) else ():
         if name == pattern or name.endswith(f".{pattern}"):
             alpha = value
-    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
+    if type(alpha) not in (int, float) or not abs(alpha) < 1e30:
         raise UserError(f"its settings have the alpha {alpha!r}: needs a number")
     return alpha / (math.sqrt(rank) if mine.get("use_rslora") else rank)
 
 
 def _adapter(tensors: Mapping[str, Tensor], shape: torch.Size, scale: float) -> LowRank:
     """An adapter of a weight's shape. ValueError, in words that follow its name, where it cannot be."""
-    down, up, mid, magnitude = tensors["down"], tensors["up"], tensors.get("mid"), tensors.get("dora")
+    down, up, mid = tensors["down"], tensors["up"], tensors.get("mid")
     kernel = 1 if mid is None else math.prod(mid.shape[2:])
     inner = (len(down), len(down)) if mid is None else tuple(mid.shape[:2])
     outer = (len(up), down[0].numel() * kernel)
     if outer != (shape[0], shape[1:].numel()) or (up[0].numel(), len(down)) != inner:
         raise ValueError(f"is {[len(up), *down.shape[1:]]}, the model's {list(shape)}")
-    column = (-1, *[1] * (len(shape) - 1))
-    if "magnitude" in tensors:  # peft's is of each row, in whatever shape
-        magnitude = tensors["magnitude"].reshape(column)
+    magnitude = tensors.get("magnitude", tensors.get("dora"))
     if magnitude is not None:
-        magnitude = magnitude.reshape(column) if magnitude.dim() == 1 else magnitude
-        if len(magnitude.shape) != len(shape) or any(
-            m not in (1, s) for m, s in zip(magnitude.shape, shape, strict=True)
-        ):
-            raise ValueError(f"has a magnitude of {list(magnitude.shape)} for {list(shape)}")
+        if "magnitude" in tensors or magnitude.dim() == 1:  # peft's is of each row, in whatever shape
+            magnitude = magnitude.reshape(-1, *[1] * (len(shape) - 1))
+        sides = list(magnitude.shape)
+        if len(sides) != len(shape) or any(m not in (1, s) for m, s in zip(sides, shape, strict=True)):
+            raise ValueError(f"has a magnitude of {sides} for {list(shape)}")
     return LowRank(down, up, mid=mid, magnitude=magnitude, scale=scale).requires_grad_(False)

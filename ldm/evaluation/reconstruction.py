@@ -28,10 +28,7 @@ def psnr(image: Image, target: Image) -> PerImage:
 
 
 def ssim(image: Image, target: Image) -> PerImage:
-    """Structural similarity, at most 1: 11 x 11 Gaussian window, sigma 1.5, mean of the channels and of whole windows.
-
-    ValueError for pictures smaller than the window.
-    """
+    """Structural similarity, at most 1: 11 x 11 Gaussian window, sigma 1.5. ValueError for smaller pictures than it."""
     x, y = image.float(), target.float()
     if min(x.shape[-2:]) < 11:
         raise ValueError(f"SSIM needs pictures of 11 x 11 pixels or more, not {tuple(x.shape[-2:])}")

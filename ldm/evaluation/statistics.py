@@ -105,20 +105,16 @@ def nearest(x: Rows, y: Rows, k: int = 1) -> tuple[Float[Tensor, "_ k"], Int[Ten
 
 def mean(values: PerRow, rounds: int = 1000) -> Estimate:
     """The mean of what each picture says."""
-    picked = _draws(len(values), rounds, torch.Generator().manual_seed(0))
+    picked = torch.randint(len(values), (rounds, len(values)), generator=torch.Generator().manual_seed(0))
     return _interval(float(values.double().mean()), values.double().cpu()[picked].mean(1), len(values))
 
 
 def resampled(statistic: Callable[[Tensor, Tensor], float], n_x: int, n_y: int, rounds: int) -> Estimate:
     """A statistic of the chosen rows of two sets, over sets drawn again with replacement."""
     rng = torch.Generator().manual_seed(0)
-    draws = zip(_draws(n_x, rounds, rng), _draws(n_y, rounds, rng), strict=True)
+    draws = zip(*(torch.randint(n, (rounds, n), generator=rng) for n in (n_x, n_y)), strict=True)
     found = torch.tensor([statistic(x, y) for x, y in draws], dtype=torch.float64)
     return _interval(statistic(torch.arange(n_x), torch.arange(n_y)), found, n_x)
-
-
-def _draws(n: int, rounds: int, rng: torch.Generator) -> Int[Tensor, "rounds n"]:
-    return torch.randint(n, (rounds, n), generator=rng)
 
 
 def _interval(value: float, found: PerRow, n: int) -> Estimate:

@@ -1,7 +1,6 @@
 """What was computed of many pictures: in chunks, each a file, by any number of processes, and never twice.
 
-A chunk is named by what it was made from, so a run that was stopped goes on, and the chunks do not depend on how many
-processes shared the work.
+A chunk is named by what it was made from: a run that was stopped goes on, with as many processes as there are then.
 """
 
 import hashlib
@@ -49,13 +48,13 @@ class Store:
 
     def make(self, name: str, total: int, compute: Callable[[range], dict[str, Tensor]]) -> list[Path]:
         """The files of all chunks, of which those that are missing are computed, each by one of the processes."""
-        chunks = [range(start, min(start + self.chunk, total)) for start in range(0, total, self.chunk)]
-        paths = [self.folder / name / f"{part.start:06d}-{part.stop:06d}.safetensors" for part in chunks]
-        for path, part in list(zip(paths, chunks, strict=True))[self.rank :: self.world]:
+        parts = [range(start, min(start + self.chunk, total)) for start in range(0, total, self.chunk)]
+        chunks = {self.folder / name / f"{part.start:06d}-{part.stop:06d}.safetensors": part for part in parts}
+        for path, part in list(chunks.items())[self.rank :: self.world]:
             if not path.is_file():
                 save(path, compute(part), {})
         self.wait()
-        return paths
+        return list(chunks)
 
     def rows(self, name: str, total: int, compute: Callable[[range], dict[str, Tensor]]) -> dict[str, Tensor]:
         """The tensors of all chunks, joined, without pictures."""
@@ -66,8 +65,7 @@ class Store:
 class Found:
     """Ready pictures: of a folder, a parquet file or shards, cut to squares of `size`, 0 for that of the first.
 
-    n: at most so many, spread evenly over all. A PNG of ours says itself what was asked. UserError for a picture that
-    cannot be read.
+    n: at most so many, spread evenly. A PNG of ours says what was asked. UserError for a picture that cannot be read.
     """
 
     def __init__(self, path: str, size: int = 0, n: int | None = None) -> None:

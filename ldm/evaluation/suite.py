@@ -256,7 +256,9 @@ def _clip(m: Measured) -> Estimates:
 def _diversity(m: Measured) -> Estimates:
     """Mean LPIPS between the pictures of one prompt, over prompts."""
     pictures, lpips = m.prompted, m.suite.lpips
-    rows = {text: [i for i, other in enumerate(pictures.texts) if other == text] for text in pictures.texts}
+    rows = dict[str, list[int]]()
+    for i, text in enumerate(pictures.texts):
+        rows.setdefault(text, []).append(i)
     several = [same for same in rows.values() if len(same) > 1]
     if not several:
         raise UserError("diversity needs two pictures or more of a prompt: see --per-prompt")

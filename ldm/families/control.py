@@ -17,6 +17,7 @@ from ldm.checkpoints.files import SafeFile, Tensors, brief, save
 from ldm.checkpoints.keymap import KeyMap, Shapes
 from ldm.errors import UserError
 from ldm.families.folder import read_json, unet_from, unet_to
+from ldm.families.singlefile import count_from, misfits
 from ldm.families.source import kind, weight_files
 from ldm.files import write_json
 from ldm.models.controlnet import ControlNet, T2IAdapter, T2IConfig
@@ -43,7 +44,7 @@ def load_control(
     with brief(path, " does not steer this model"):
         tensors = Tensors((SafeFile(file), "") for file in (weight_files(path) if folder else [path]))
         stated = read_json(path / "config.json") if folder else {}
-        with torch.device("meta"):
+        with misfits(), torch.device("meta"):
             network, keymap = _understand(tensors.shapes(), like, stated)
         tensors = tensors.without(name for name in tensors if _SPARE.fullmatch(name))
         native.fill({"control": network}, tensors, keymap.under("control.", ""), device, dtype)
@@ -68,10 +69,8 @@ def _understand(shapes: Shapes, like: UNetConfig, stated: Mapping[str, Any]) -> 
         return network, names.controlnet(network, layout="diffusers")
     if f"{prefix}input_hint_block.0.weight" in shapes:
         hint = f"{prefix}input_hint_block."
-        places = [
-            f"{hint}{n}.weight" for n in range(0, 1000, 4) if f"{hint}{n + 2}.weight" in shapes
-        ]  # the last has no next
-        widths, channels = [shapes[place][0] for place in places if place in shapes], shapes[f"{hint}0.weight"][1]
+        held = [n for n in range(0, 1000, 4) if {f"{hint}{n}.weight", f"{hint}{n + 2}.weight"} <= shapes.keys()]
+        widths, channels = [shapes[f"{hint}{n}.weight"][0] for n in held], shapes[f"{hint}0.weight"][1]
         steered = replace(like, in_channels=shapes[f"{prefix}input_blocks.0.0.weight"][1])
         network = ControlNet(steered, channels, tuple(widths))
         return network, names.controlnet(network, layout="compvis").under("", prefix)
@@ -97,11 +96,7 @@ def _t2i(shapes: Shapes, start: str, layout: str, like: UNetConfig) -> T2IConfig
     large = like.vector_dim > 0
     factor, hint = 16 if large else 8, shapes[f"{start}conv_in.weight"][1]
     if layout == "diffusers":
-        numbers = (re.search(r"body\.0\.resnets\.(\d+)\.", name) for name in shapes)
-        blocks, places = (
-            1 + max(int(found[1]) for found in numbers if found),
-            f"{start}body.{{}}.resnets.0.block1.weight",
-        )
+        blocks, places = count_from(shapes, f"{start}body.0.resnets."), f"{start}body.{{}}.resnets.0.block1.weight"
     else:
         blocks, places = 2, f"{start}body.{{}}.block1.weight"
     step = 1 if layout == "diffusers" else blocks  # the first code counts all blocks through

@@ -47,7 +47,7 @@ def _lines(source: Source) -> Iterator[str]:
         yield f"extras: {len(source.extras)} tensors that no network reads, such as {min(source.extras)}"
     if spec.backbone is not None and spec.text is not None:
         guess = (
-            " (guessed: the file does not say, and the network is asked when it is loaded)" if source.guessed else ""
+            " (guessed, for the file does not say: the network is asked when it is loaded)" if source.guessed else ""
         )
         yield f"predicts {spec.prediction}{guess}; schedule {spec.schedule.kind}; {spec.image_size} pixels"
         unet = spec.backbone

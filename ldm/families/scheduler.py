@@ -24,15 +24,16 @@ K_DIFFUSION = ("Euler", "Heun", "KDPM2", "LMS")
 
 def sampling_from(data: Json) -> tuple[str, ScheduleConfig, SamplingDefaults]:
     """Prediction, schedule and sampler of a scheduler's config."""
-    name = data.get("_class_name", "")
+    name = str(data.get("_class_name", ""))
     prediction = PREDICTIONS.get(str(data.get("prediction_type", "epsilon")))
-    flow = str(name).startswith("FlowMatch") or data.get("use_flow_sigmas") is True
-    if prediction is None or str(name).startswith("EDM") or flow != (prediction == "flow" or "FlowMatch" in str(name)):
+    flow = name.startswith("FlowMatch") or data.get("use_flow_sigmas") is True
+    if prediction is None or name.startswith("EDM") or flow != (prediction == "flow" or "FlowMatch" in name):
         raise UserError(f"scheduler: {name} with prediction_type {data.get('prediction_type')!r} is not known here")
     sampler = next((ours for ours, theirs in SCHEDULERS.items() if theirs == name), "dpmpp_2m")
     if flow:
         shift = data.get("flow_shift" if "flow_shift" in data else "shift", 1.0)
-        schedule = _schedule(kind="flow", shift=shift, start="sum", whole_labels=not str(name).startswith("FlowMatch"))
+        values = {"kind": "flow", "shift": shift, "start": "sum", "whole_labels": not name.startswith("FlowMatch")}
+        schedule = from_dict(ScheduleConfig, values, "scheduler")
         return "flow", schedule, SamplingDefaults(sampler, "flow_dpm" if schedule.whole_labels else "trailing")
     if data.get("num_train_timesteps", 1000) != 1000 or data.get("trained_betas") is not None:
         raise UserError("scheduler: it must have 1000 training steps and no betas of its own")
@@ -42,14 +43,15 @@ def sampling_from(data: Json) -> tuple[str, ScheduleConfig, SamplingDefaults]:
     ends = (data.get("beta_start", 0.0001), data.get("beta_end", 0.02))
     zero = data.get("rescale_betas_zero_snr", False)
     own = betas in BETA_RANGE and tuple(ends) != BETA_RANGE[betas]
-    older = str(name).startswith(("DDIM", "DDPM", "PNDM", "LCM"))
+    older = name.startswith(("DDIM", "DDPM", "PNDM", "LCM"))
     said = str(data.get("timestep_spacing", "leading" if older else "linspace"))
     if said not in ("leading", "trailing", "linspace"):
         raise UserError(f"scheduler: timestep_spacing {said!r} is not known here")
     spacing = DPM_SPACINGS.get(said, said) if sampler == "dpmpp_2m" else said
     spacing = "karras" if data.get("use_karras_sigmas") else spacing
-    start = "sigma" if said != "leading" and str(name).startswith(K_DIFFUSION) else "unit"
-    schedule = _schedule(betas=betas, zero_snr=zero, beta_range=ends if own else None, start=start)
+    start = "sigma" if said != "leading" and name.startswith(K_DIFFUSION) else "unit"
+    values = {"betas": betas, "zero_snr": zero, "beta_range": ends if own else None, "start": start}
+    schedule = from_dict(ScheduleConfig, values, "scheduler")
     # At zero terminal SNR only trailing starts from pure noise (Lin et al. 2024).
     return prediction, schedule, SamplingDefaults(sampler, "trailing" if zero else spacing)
 
@@ -58,15 +60,10 @@ def sampling_to(spec: ModelSpec) -> Json:
     """A scheduler's config. UserError for a schedule that diffusers' pipelines of these families cannot run."""
     schedule = spec.schedule
     theirs = {ours: name for name, ours in PREDICTIONS.items()}
+    common = {"prediction_type": theirs.get(spec.prediction), "num_train_timesteps": 1000, "final_sigmas_type": "zero"}
     if schedule.kind == "flow" and spec.prediction == "flow":
-        return {
-            "_class_name": "DPMSolverMultistepScheduler",
-            "prediction_type": "flow_prediction",
-            "use_flow_sigmas": True,
-            "flow_shift": schedule.shift,
-            "num_train_timesteps": 1000,
-            "final_sigmas_type": "zero",
-        }
+        own = {"_class_name": "DPMSolverMultistepScheduler", "use_flow_sigmas": True, "flow_shift": schedule.shift}
+        return common | own
     betas = next((name for name, ours in BETAS.items() if ours == schedule.betas), None)
     if schedule.kind != "vp" or schedule.shift != 1 or betas is None or spec.prediction not in theirs:
         what = f"prediction {spec.prediction!r}, schedule {schedule.kind!r}, shift {schedule.shift}"
@@ -74,10 +71,8 @@ def sampling_to(spec: ModelSpec) -> Json:
     start, end = schedule.beta_range or BETA_RANGE.get(schedule.betas, (0.0001, 0.02))
     theirs_of = {ours: said for said, ours in DPM_SPACINGS.items()}
     spacing = theirs_of.get(spec.defaults.schedule, spec.defaults.schedule)
-    return {
+    return common | {
         "_class_name": SCHEDULERS.get(spec.defaults.sampler, "DPMSolverMultistepScheduler"),
-        "prediction_type": theirs[spec.prediction],
-        "num_train_timesteps": 1000,
         "beta_schedule": betas,
         "beta_start": start,
         "beta_end": end,
@@ -87,9 +82,4 @@ def sampling_to(spec: ModelSpec) -> Json:
         "steps_offset": 1,
         "clip_sample": False,
         "set_alpha_to_one": True,
-        "final_sigmas_type": "zero",
     }
-
-
-def _schedule(**values: Any) -> ScheduleConfig:
-    return from_dict(ScheduleConfig, values, "scheduler")

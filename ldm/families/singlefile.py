@@ -65,6 +65,8 @@ def misfits(what: str = "") -> Iterator[None]:
     """Names and shapes within that make no network are a UserError."""
     try:
         yield
+    except UserError:
+        raise
     except KeyError as error:
         raise UserError(f"tensors do not fit: {error.args[0]} is missing") from None
     except (IndexError, ValueError, ZeroDivisionError) as error:
@@ -89,23 +91,16 @@ def dialect(family: Family, names: Iterable[str]) -> Dialect:
 def unet_config(shapes: Shapes, heads: Callable[[int], int]) -> UNetConfig:
     """The UNet under `model.diffusion_model.`."""
     names = _below(UNET, shapes)
-    channels: list[int] = []
-    depth: list[int] = []
-    blocks: list[int] = [0]
-    number = 1
-    while any(name.startswith(f"input_blocks.{number}.") for name in names):
-        place = f"input_blocks.{number}"
+    levels: list[list[str]] = [[]]  # the blocks of each
+    for place in (f"input_blocks.{number}" for number in range(1, count_from(names, "input_blocks."))):
         if f"{place}.0.op.weight" in names:
-            blocks.append(0)
+            levels.append([])
         else:
-            width, deep = names[f"{place}.0.in_layers.2.weight"][0], _count(names, f"{place}.1.transformer_blocks.")
-            if not blocks[-1]:
-                channels.append(width)
-                depth.append(deep)
-            blocks[-1] += 1
-        number += 1
-    if len(set(blocks)) != 1 or not channels:
+            levels[-1].append(place)
+    blocks = [len(level) for level in levels]
+    if len(set(blocks)) != 1 or not blocks[0]:
         raise ValueError(f"the levels of its UNet have {blocks} blocks")
+    channels = [names[f"{level[0]}.0.in_layers.2.weight"][0] for level in levels]
     found = (re.fullmatch(r"(input_blocks\.\d+\.1\.)norm\.weight", name) for name in names)
     attention = next((match[1] for match in found if match), "")
     return UNetConfig(
@@ -113,8 +108,8 @@ def unet_config(shapes: Shapes, heads: Callable[[int], int]) -> UNetConfig:
         out_channels=names["out.2.weight"][0],
         channels=tuple(channels),
         res_blocks=blocks[0],
-        depth=tuple(depth),
-        mid_depth=_count(names, "middle_block.1.transformer_blocks."),
+        depth=tuple(count_from(names, f"{level[0]}.1.transformer_blocks.") for level in levels),
+        mid_depth=count_from(names, "middle_block.1.transformer_blocks."),
         heads=tuple(heads(width) for width in channels),
         context_dim=names[f"{attention}transformer_blocks.0.attn2.to_k.weight"][1],
         vector_dim=names["label_emb.0.0.weight"][1] if "label_emb.0.0.weight" in names else 0,
@@ -124,14 +119,14 @@ def unet_config(shapes: Shapes, heads: Callable[[int], int]) -> UNetConfig:
 
 def autoencoder_config(names: Shapes, scale: float) -> AutoencoderConfig:
     """The autoencoder whose names these are, without prefix; scale: what multiplies its latents."""
-    levels = _count(names, "encoder.down.")
+    levels = count_from(names, "encoder.down.")
     channels = tuple(names[f"encoder.down.{i}.block.0.conv1.weight"][0] for i in range(levels))
     decoder = tuple(names[f"decoder.up.{i}.block.0.conv1.weight"][0] for i in range(levels))
     return AutoencoderConfig(
         z_channels=names["decoder.conv_in.weight"][1],
         channels=channels,
         decoder_channels=decoder if decoder != channels else (),
-        res_blocks=_count(names, "encoder.down.0.block."),
+        res_blocks=count_from(names, "encoder.down.0.block."),
         mid_attention="encoder.mid.attn_1.q.weight" in names,
         quant_convs="quant_conv.weight" in names,
         std=(1 / scale,),
@@ -150,7 +145,7 @@ def _tower(tower: Tower, family: Family, shapes: Shapes) -> TextConfig:
         table, positions = f"{prefix}embeddings.token_embedding.weight", f"{prefix}embeddings.position_embedding.weight"
         layers, projection = f"{prefix}encoder.layers.", 0
         wide = names[f"{layers}0.mlp.fc1.weight"][0]
-    (words, width), count = names[table], _count(names, layers)
+    (words, width), count = names[table], count_from(names, layers)
     # 23 layers: a tower of SD 2 that a converter has already cut behind the penultimate.
     layer = 1 if family.name == "sd2" and count == 23 else min(template.layer, count)
     return replace(
@@ -180,7 +175,7 @@ def _below(prefix: str, shapes: Shapes) -> dict[str, tuple[int, ...]]:
     return {name[len(prefix) :]: shape for name, shape in shapes.items() if name.startswith(prefix)}
 
 
-def _count(names: Iterable[str], prefix: str) -> int:
+def count_from(names: Iterable[str], prefix: str) -> int:
     """How many numbers follow a prefix, from 0 up without a gap."""
     numbers = {name[len(prefix) :].split(".")[0] for name in names if name.startswith(prefix)}
     count = 0

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ldm.checkpoints import native
+from ldm.checkpoints import native, pickled
 from ldm.checkpoints.files import SafeFile, Tensors, brief
 from ldm.checkpoints.keymap import KeyMap
 from ldm.checkpoints.native import Model, ModelSpec
@@ -122,17 +122,14 @@ def folder_parts(path: Path) -> dict[str, str]:
     named = {part for part, value in index.items() if isinstance(value, list) and value and value[0] is not None}
     if "unet" not in named or "vae" not in named or not named & {"text_encoder", "text_encoder_2"}:
         raise UserError(f"it holds a {index.get('_class_name')!r}, which is no family known here: {KNOWN}")
-    wanted = [part for part in ("unet", "vae", "text_encoder", "text_encoder_2") if part in named]
+    wanted = [part for part in pickled.PARTS if part in named]
     return dict.fromkeys(wanted, "config.json") | {"scheduler": "scheduler_config.json"}
 
 
 def folder_spec(path: Path, configs: Mapping[str, dict[str, Any]]) -> tuple[Family, ModelSpec]:
     """The family and the whole spec that a folder's config.json files describe."""
-    two = [part for part in ("text_encoder", "text_encoder_2") if part in configs]
-    if len(two) == 2:
-        family = FAMILIES["sdxl"]
-    elif two == ["text_encoder_2"]:
-        family = FAMILIES["sdxl-refiner"]
+    if "text_encoder_2" in configs:
+        family = FAMILIES["sdxl" if "text_encoder" in configs else "sdxl-refiner"]
     else:
         family = FAMILIES["sd2" if configs["text_encoder"].get("hidden_act") == "gelu" else "sd1"]
     towers = {}

@@ -163,9 +163,9 @@ class Conditioner(nn.Module):
             filled = (ids[:, 1] != config.end).to(tokens.dtype)
             tokens = tokens * filled[:, None, None]
             pooled = None if pooled is None else pooled * filled[:, None]
-        if pooled is None or not config.size_ids:
-            return Conditioning(tokens, vector=pooled)
-        return Conditioning(tokens, vector=torch.cat([pooled, self.about(size, len(ids), scores).to(pooled)], dim=1))
+        if pooled is not None and config.size_ids:
+            pooled = torch.cat([pooled, self.about(size, len(ids), scores).to(pooled)], dim=1)
+        return Conditioning(tokens, vector=pooled)
 
     def about(self, size: tuple[int, int] | Tensor, n: int, scores: Sequence[float] = ()) -> Vector:
         """Features (n, size_ids * id_width) of the numbers about n pictures; see `encode`."""

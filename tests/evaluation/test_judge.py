@@ -9,9 +9,8 @@ from safetensors.torch import save_file
 
 from ldm.errors import UserError
 from ldm.evaluation.inception import Inception
-from ldm.evaluation.judge import COLOURS, Judge, JudgeSpec, histogram
+from ldm.evaluation.judge import COLOURS, Judge, JudgeRun, JudgeSpec, blurred, fit, histogram, make_judge, recoloured
 from ldm.evaluation.store import Store
-from ldm.evaluation.training import JudgeRun, blurred, fit, make_judge, recoloured
 
 NAMES = {"apple": "apples?", "car": r"(\w+ )?car", "river": "satellite image of a river", "orange": "orange"}
 

@@ -75,9 +75,14 @@ def test_what_does_not_fit_is_refused_in_one_line(like: UNetConfig, folders: dic
         with pytest.raises(UserError, match="does not steer this model"):
             load_control(path, to)
     tensors = load_file(good / "diffusion_pytorch_model.safetensors")
+    adapter = T2IAdapter(T2IConfig(like.channels, 2, 1, 8, (False, True)))
+    sketch = names.t2i(adapter, layout="diffusers").save(adapter.state_dict())
     cases = {
         "missing": {name: value for name, value in tensors.items() if not name.startswith("mid_block")},
         "not finite": tensors | {"conv_in.bias": tensors["conv_in.bias"] * float("nan")},
+        "conv_in.weight is missing": {name: v for name, v in tensors.items() if name != "conv_in.weight"},
+        "tensors do not fit": tensors | {"controlnet_cond_embedding.conv_in.weight": torch.zeros(1)},
+        "1 unexpected": sketch | {"adapter.body.0.resnets.1000000000.block1.weight": torch.zeros(1)},
         "a LoRA": {"lora_unet_x.lora_down.weight": torch.zeros(2, 2)},
     }
     for words, content in cases.items():

@@ -144,6 +144,30 @@ def test_a_name_with_a_colon_is_no_number(folders: dict[str, Path], tmp_path: Pa
         lora.inject(load(folders["sd1"]), lora.read(tmp_path / "a"))
 
 
+@pytest.mark.parametrize("said", ["[[1, 2]]", '{"unet.lora_alpha": 1%s}' % ("0" * 400), '{"unet.lora_alpha": true}'])
+def test_settings_that_are_none_are_refused_in_one_line(folders: dict[str, Path], tmp_path: Path, said: str) -> None:
+    place = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+    pair = {f"{place}.lora_A.weight": torch.ones(1, 64), f"{place}.lora_B.weight": torch.ones(64, 1)}
+    save_file(pair, tmp_path / "a", {"lora_adapter_metadata": said})
+    if said == "[[1, 2]]":  # of no part of the model
+        assert lora.inject(load(folders["sd1"]), lora.read(tmp_path / "a")).matched == (place,)
+        return
+    with pytest.raises(UserError, match="settings have the alpha"):
+        lora.inject(load(folders["sd1"]), lora.read(tmp_path / "a"))
+
+
+def test_an_alpha_may_be_a_whole_number(folders: dict[str, Path], plain: Callable[[str], Peft], tmp_path: Path) -> None:
+    state = kohya(plain("sd1").state)
+    assert any(name.endswith(".alpha") for name in state)
+    for name, kind in (("whole", torch.int64), ("real", torch.float32)):
+        alphas = {key: torch.tensor(3, dtype=kind) for key in state if key.endswith(".alpha")}
+        save_file(state | alphas, tmp_path / name)
+    whole, real = load(folders["sd1"]), load(folders["sd1"])
+    assert not lora.inject(whole, lora.read(tmp_path / "whole")).unmatched
+    lora.inject(real, lora.read(tmp_path / "real"))
+    assert far(whole, real) == 0
+
+
 def test_parse() -> None:
     assert lora.parse("a/b.safetensors") == (Path("a/b.safetensors"), 1.0)
     assert lora.parse("a/b.safetensors:0.8") == (Path("a/b.safetensors"), 0.8)

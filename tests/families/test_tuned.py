@@ -135,6 +135,18 @@ def test_a_pattern_that_fits_nothing_is_refused(settings: Callable[..., LoraRun]
         settings(LoraRun, "--lora.rank", "0")
 
 
+@pytest.mark.parametrize("kind", [(LoraRun, LoraTask), (ControlRun, ControlTask), (DistilRun, DistilTask)])
+def test_rates_are_of_what_trains_and_the_memory_of_losses_is_kept(
+    kind: tuple[Any, Any], settings: Callable[..., Any]
+) -> None:
+    name = {LoraTask: "adapters", ControlTask: "control", DistilTask: "backbone"}[kind[1]]
+    words = ["--loss.importance", "true", "--optim.rates"]
+    task = kind[1](settings(kind[0], *words, f"{{{name}.*: 0.5}}"))
+    assert task.networks.keys() == {name, "importance"} and task.averaged == (name,)
+    with pytest.raises(UserError, match=rf"no parameter is named 'text.\*' \(there are {name}"):
+        kind[1](settings(kind[0], *words, "{text.*: 0.5}"))
+
+
 def test_a_trained_controlnet_moves_alone_and_diffusers_opens_it(
     settings: Callable[..., ControlRun], base: Model, tmp_path: Path
 ) -> None:
