@@ -3,6 +3,8 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from ldm.adapters import hints
 from ldm.checkpoints.native import Model
 from ldm.conditioning import Conditioning
 from ldm.diffusion.denoiser import Denoiser
+from ldm.diffusion.editing import by_step
 from ldm.diffusion.guidance import Conditional
 from ldm.errors import UserError
 from ldm.families.control import load_control
@@ -34,25 +37,19 @@ class Control:
     start: float = 0.0
     end: float = 1.0
 
-    def steering(self, labels: Sequence[float], size: tuple[int, int]) -> Steering:
-        """For a run whose network is told these labels, falling, one a step, and pictures of size (height, width)."""
-        n = len(labels)
+    def steps(self, n: int) -> list[int]:
+        """Those of a run of n that it steers; UserError where there are none."""
         steered = [i for i in range(n) if i >= self.start * n and i + 1 <= self.end * n]
         if not steered:
             raise UserError(f"control from {self.start:g} to {self.end:g} holds none of the {n} steps: widen it")
-        first, last = steered[0], steered[-1]
+        return steered
+
+    def steering(self, size: tuple[int, int]) -> Steering:
+        """For pictures of size (height, width)."""
         weight = next(self.network.parameters())
         scaled = to_image(self.picture.resize(size[::-1], Pillow.Resampling.LANCZOS))
-        drawn = hints.draw(self.hint, scaled).to(weight)[:, : self._channels]
-        most = (labels[first - 1] + labels[first]) / 2 if first else math.inf
-        least = (labels[last] + labels[last + 1]) / 2 if last + 1 < n else -math.inf
-        return Steering(self.network, drawn, self.weight, most, least)
-
-    @property
-    def _channels(self) -> int:
-        if isinstance(self.network, T2IAdapter):
-            return self.network.config.hint_channels
-        return int(self.network.hint[0].weight.shape[1])  # type: ignore[index]
+        drawn = hints.draw(self.hint, scaled).to(weight)[:, : self.network.hint_channels]
+        return Steering(self.network, drawn, self.weight)
 
 
 def controlled(
@@ -62,9 +59,15 @@ def controlled(
     if not controls:
         return denoiser
     assert isinstance(denoiser, Denoiser)
-    labels = denoiser.schedule.label(sigmas[:-1]).tolist()
-    steered = Controlled(denoiser.backbone, [control.steering(labels, size) for control in controls])  # type: ignore[arg-type]
-    return Denoiser(steered, denoiser.prediction, denoiser.schedule)
+    n = len(sigmas) - 1
+    steps, steerings = [c.steps(n) for c in controls], [c.steering(size) for c in controls]
+
+    @cache
+    def under(*active: bool) -> Denoiser:
+        network = Controlled(denoiser.backbone, list(compress(steerings, active)))  # type: ignore[arg-type]
+        return Denoiser(network, denoiser.prediction, denoiser.schedule)
+
+    return by_step(sigmas, [under(*(i in steered for steered in steps)) for i in range(n)])
 
 
 def read_controls(
@@ -76,18 +79,14 @@ def read_controls(
     """
     assert model.backbone is not None
     weight = model.backbone.conv_in.weight
-    controls = []
-    pairs = zip(
-        specs, _each("control-image", pictures, specs), _each("control-hint", drawn or ["none"], specs), strict=True
-    )
-    for spec, picture, hint in pairs:
+    controls, factor = [], model.autoencoder.factor
+    shown, hinted = _each("control-image", pictures, specs), _each("control-hint", drawn or ["none"], specs)
+    for spec, picture, hint in zip(specs, shown, hinted, strict=True):
         path, strength, start, end = parse(spec)
         network = load_control(path, model.backbone.config, weight.device, weight.dtype)
-        factor = model.autoencoder.factor
         if isinstance(network, ControlNet) and network.factor != factor:
-            raise UserError(
-                f"{str(path)!r} reads hints {network.factor} times as large as latents, this model's are {factor} times"
-            )
+            what = f"{network.factor} times as large as latents, this model's are {factor} times"
+            raise UserError(f"{str(path)!r} reads hints {what}")
         if hint != "none" and hint not in hints.HINTS:
             hints.draw(hint, torch.zeros(1, 3, 8, 8))  # which says what is known
         controls.append(Control(path, network, read_picture(picture), hint, strength, start, end))
@@ -110,9 +109,8 @@ def parse(spec: str) -> tuple[Path, float, float, float]:
 def _each(flag: str, given: Sequence[Any], specs: Sequence[str]) -> list[Any]:
     """One of `given` for each spec."""
     if len(given) not in (1, len(specs)):
-        raise UserError(
-            f"--{flag} has {len(given)} values for {len(specs)} controls: give one for each, or one for all"
-        )
+        what = f"--{flag} has {len(given)} values for {len(specs)} controls"
+        raise UserError(f"{what}: give one for each, or one for all")
     return [*given] if len(given) == len(specs) else [given[0]] * len(specs)
 
 

@@ -16,6 +16,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.utils import convert_outputs_to_fp32
+from PIL import Image as Pillow
 from torch import Tensor, nn
 from training.conftest import LDM, VAE
 
@@ -23,8 +24,9 @@ from ldm import config, pipeline
 from ldm.canvas import Canvas
 from ldm.diffusion.samplers import find_sampler
 from ldm.errors import UserError
-from ldm.models.controlnet import Controlled, ControlNet, Steering
+from ldm.models.controlnet import ControlNet
 from ldm.recipe import Request
+from ldm.steering import Control
 from ldm.training.config import LdmRun, VaeRun
 from ldm.training.ema import Ema
 from ldm.training.guard import Guard
@@ -152,9 +154,8 @@ class TestThere:
                 assert made.finish(last.x, where).isfinite().all()
             assert made.model.backbone is not None
             control = ControlNet(made.model.backbone.config, hint_widths=(4, 4)).to(fakecuda.CUDA)
-            hint = torch.rand(1, 3, 32, 32).to(fakecuda.CUDA)
-            plain, steps = made.denoiser.backbone, []
-            made.denoiser.backbone = Controlled(plain, [Steering(control, hint, least=100.0)])
+            made.controls.append(Control(Path("c"), control, Pillow.new("RGB", (32, 32)), end=0.7))
+            steps: list[list[str]] = []
             device.waits.clear()
             for _ in made.sample([made.ready(Request("a pear", seed=1, steps=3))]):
                 steps.append(device.waits[:])

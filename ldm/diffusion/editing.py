@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,14 +42,14 @@ def composed(
     return denoise
 
 
-def by_step(sigmas: Sequence[float] | Tensor, choices: Sequence[Denoise]) -> Denoise:
-    """Another denoiser at each step of a run: choices[i] from sigmas[i] down to, and without, sigmas[i + 1]."""
+def by_step(sigmas: Sequence[float] | Tensor, choices: Sequence[Callable[..., Tensor]]) -> Callable[..., Tensor]:
+    """Another denoiser, bound or not, at each step of a run: choices[i] from sigmas[i] down to above sigmas[i + 1]."""
     below = [float(level) for level in sigmas[1:]]
 
-    def denoise(x: Tensor, sigma: Tensor) -> Tensor:
+    def denoise(x: Tensor, sigma: Tensor, *cond: Any) -> Tensor:
         at = first(sigma) * (1 - 1e-6)  # fp32 sigma against float64 levels
         step = next((i for i, level in enumerate(below) if at > level), len(below) - 1)
-        return choices[step](x, sigma)
+        return choices[step](x, sigma, *cond)
 
     return denoise
 

@@ -2,7 +2,6 @@
 2023, arXiv:2302.08453), and the backbone that listens to them."""
 
 import copy
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -42,7 +41,7 @@ class ControlNet(nn.Module):
     ) -> None:
         """unet: whose half it starts as (Sec. 3.1), a fresh one where there is none."""
         super().__init__()
-        self.config, self.factor = config, 2 ** (len(hint_widths) - 1)
+        self.config, self.hint_channels, self.factor = config, hint_channels, 2 ** (len(hint_widths) - 1)
         for name in ("time", "vector", "conv_in", "down", "mid"):
             setattr(self, name, copy.deepcopy(getattr(unet, name)) if unet else getattr(UNet(config), name))
         convolutions = [nn.Conv2d(hint_channels, hint_widths[0], 3, padding=1)]
@@ -102,8 +101,7 @@ class T2IAdapter(nn.Module):
 
     def __init__(self, config: T2IConfig) -> None:
         super().__init__()
-        self.config = config
-        widths = config.channels
+        self.config, self.hint_channels, widths = config, config.hint_channels, config.channels
         self.conv_in = nn.Conv2d(config.hint_channels * config.factor**2, widths[0], 3, padding=1)
         before = (widths[0], *widths[:-1])
         self.fits = nn.ModuleList(
@@ -121,13 +119,11 @@ class T2IAdapter(nn.Module):
 
 
 class Steering(NamedTuple):
-    """A network, the hint (b, c, H, W) it is shown, how much it counts, and between which labels (inclusive)."""
+    """A network, the hint (b, c, H, W) it is shown, and how much it counts."""
 
     network: ControlNet | T2IAdapter
     hint: Hint
     weight: float = 1.0
-    most: float = math.inf
-    least: float = -math.inf
 
 
 class Controlled(nn.Module):
@@ -138,12 +134,10 @@ class Controlled(nn.Module):
         self.backbone, self.steerings = backbone, steerings
 
     def forward(self, z: Features, label: Sigma, cond: Conditioning) -> Features:
-        now = float(getattr(label, "level", label[0]))  # as ldm.diffusion.constants notes it: a GPU is not asked
         total = Control()
-        for network, hint, weight, most, least in self.steerings:
-            if least <= now <= most:
-                rows = hint.repeat(len(z) // len(hint), 1, 1, 1)
-                total = _plus(total, network(z, label, cond, rows), weight)
+        for network, hint, weight in self.steerings:
+            rows = hint.repeat(len(z) // len(hint), 1, 1, 1)
+            total = _plus(total, network(z, label, cond, rows), weight)
         return self.backbone(z, label, cond, total)
 
 

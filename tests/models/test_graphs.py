@@ -240,7 +240,7 @@ def test_under_a_control(device: Device) -> None:
     hint = torch.rand(1, 3, 16, 16)
     for label in (900.0, 500.0, 300.0, 100.0, 50.0):
         z, _, cond = given(int(label))
-        steered = [Controlled(net, [Steering(control, hint, 0.7, least=200)]) for net in (plain, mine)]
+        steered = [Controlled(net, [Steering(control, hint, 0.7)] * (label > 200)) for net in (plain, mine)]
         same(*steered, z, torch.full((2,), label), cond)
     assert [graph.replays for graph in Graph.made] == [2, 1]
 
