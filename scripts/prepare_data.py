@@ -35,9 +35,9 @@ class Rate(ProgressColumn):
 def main() -> None:
     parser = Parser(__doc__)
     parser.add_argument("sources", nargs="+", metavar="SOURCE", help="folder, parquet, list of paths or URLs, shards")
-    add_flags(parser, workers=os.cpu_count())
+    add_flags(parser)
     given = vars(parser.parse_args())
-    sources, config = given.pop("sources"), from_flags(given)
+    sources, config = given.pop("sources"), from_flags({"workers": os.cpu_count(), **given})
     bar = Progress(BarColumn(), MofNCompleteColumn(), Rate(), TimeRemainingColumn(), console=Console(stderr=True))
 
     def show(done: int, total: int) -> None:  # the first call says what an earlier run has done

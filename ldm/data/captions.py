@@ -91,6 +91,6 @@ def plain(text: str) -> str:
     return clean(_CONTROLS.sub("", text))
 
 
-def own_captions(columns: Mapping[str, Any], limit: int | None, tidy: Callable[[str], str] = clean) -> list[str]:
-    """The first `limit` captions that came with a picture, made tidy, each once."""
-    return list(dict.fromkeys(filter(None, map(tidy, columns["captions"]))))[:limit]
+def own_captions(columns: Mapping[str, Any], tidy: Callable[[str], str] = clean) -> list[str]:
+    """The captions that came with a picture, made tidy, each once."""
+    return list(dict.fromkeys(filter(None, map(tidy, columns["captions"]))))

@@ -5,7 +5,7 @@ import dataclasses
 import math
 import re
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -138,34 +138,29 @@ def check_names(config: PrepareConfig, names: Sequence[str]) -> None:
         raise UserError(f"recolour {config.recolour} needs a caption template with {{colour}}: a {{colour}} {{name}}")
 
 
-def add_flags(parser: argparse.ArgumentParser, **defaults: Any) -> None:
-    """A flag for every setting; `defaults` take the place of those of the dataclass."""
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """A flag for every setting; one that is not given is left to the dataclass."""
     hints = typing.get_type_hints(PrepareConfig)
     for field in dataclasses.fields(PrepareConfig):
         about: dict[str, Any] = {name: value for name, value in field.metadata.items() if name != "range"}
         flag = about.pop("flag", "--" + field.name.replace("_", "-"))
-        kinds = [kind for kind in typing.get_args(hints[field.name]) if kind is not type(None)]
-        if hints[field.name] is bool:
+        hint = hints[field.name]
+        if type(None) in typing.get_args(hint):
+            hint = typing.get_args(hint)[0]
+        if hint is bool:
             about["action"] = "store_true"
-        elif typing.get_origin(hints[field.name]) is Literal:
-            about["choices"] = kinds
-        elif kinds and typing.get_origin(kinds[0]) is Literal:  # or None
-            about["choices"] = typing.get_args(kinds[0])
+        elif typing.get_origin(hint) is Literal:
+            about["choices"] = typing.get_args(hint)
         elif not {"action", "type"} & set(about):
-            about["type"] = kinds[0] if kinds else hints[field.name]
-        if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
-            about["required"] = True
-        elif about.get("action") == "append":
-            about["default"] = []  # argparse appends to it
-        else:
-            about["default"] = defaults.get(field.name, field.default)
-        parser.add_argument(flag, dest=field.name, **about)
+            about["type"] = hint
+        needed = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        parser.add_argument(flag, dest=field.name, default=argparse.SUPPRESS, required=needed, **about)
 
 
 def from_flags(given: dict[str, Any]) -> PrepareConfig:
     """The settings that a command line asks for."""
-    listed = {"templates": tuple(given["templates"]), "max_captions": per_source(given["max_captions"])}
-    return PrepareConfig(**{**given, **listed})
+    read: dict[str, Callable[[Any], Any]] = {"templates": tuple, "max_captions": per_source}
+    return PrepareConfig(**{name: read[name](value) if name in read else value for name, value in given.items()})
 
 
 def per_source(texts: Sequence[str]) -> dict[str, int]:

@@ -30,7 +30,7 @@ from ldm.data.report import count, measure, page
 from ldm.data.shards import Entry, write_manifest, write_shard
 from ldm.data.sources import Raw, Source, open_sources
 from ldm.data.spool import Spool, Spooling
-from ldm.data.stages import Dropped, Record, Stage, choosing, making, run, small, unreadable
+from ldm.data.stages import Dropped, Record, Stage, choosing, decoded, making, run
 from ldm.errors import UserError
 from ldm.files import replacing, sha256, write_json
 
@@ -215,7 +215,7 @@ class Making:
         def once(record: Record) -> Record:
             if record.place in job.twice:
                 kind, other = job.twice[record.place]
-                raise Dropped(f"duplicate, {kind}", f"as {other}")
+                raise Dropped(f"duplicate, {kind}: as {other}")
             return record
 
         apart: dict[str, Stage] = {"duplicates": once} if self.config.duplicates != "keep" else {}
@@ -251,11 +251,12 @@ class Making:
 
     def print(self, job: Job, tick: Tick) -> None:
         """Take the prints of those pictures of a job that are not dropped for another reason."""
-        near, prints, unseen = self.config.duplicates == "near", [], (0, [0] * 12)
+        near, side = self.config.duplicates == "near", (duplicates.SIDE, duplicates.SIDE)
+        prints, unseen = [], (0, [0] * 12)
         for record, dropped in self._records(job, choosing(self.config, self.names), collections.Counter(), tick):
             with suppress(Dropped):
                 if not dropped:
-                    look = duplicates.look(small(record, self.config, duplicates.SIDE)) if near else unseen
+                    look = duplicates.look(decoded(record, self.config, side)) if near else unseen
                     prints.append((*record.place, hashlib.sha256(record.data).digest(), *look))
         with replacing(self.prints(job)) as temporary, temporary.open("wb") as file:
             np.save(file, np.array(prints, duplicates.PRINT))
@@ -272,7 +273,7 @@ class Making:
                 tick()
                 seen["read"] += 1
                 if isinstance(raw, UserError):
-                    yield Record(name, pick.id, b"", {}, (number, pick.row)), unreadable(raw)
+                    yield Record(name, pick.id, b"", {}, (number, pick.row)), Dropped(str(raw))
                 else:
                     yield run(stages, Record(name, pick.id, raw.image, raw.columns, (number, pick.row)), seen)
 

@@ -18,7 +18,6 @@ from ldm.data.captions import clean, own_captions, plain, read_templates
 from ldm.data.images import finish, has_alpha, other_colours, start
 from ldm.data.options import PrepareConfig
 from ldm.data.recolour import PAINTS, another, painted
-from ldm.errors import UserError
 
 SUFFIX = {"WEBP": "webp", "JPEG": "jpg", "PNG": "png"}
 _ORIENTATION = 0x0112
@@ -26,11 +25,11 @@ _SHARPER = 2  # a JPEG that is shrunk is decoded at least this much larger than 
 
 
 class Dropped(ValueError):
-    """Why a record is left out: reasons are counted, details go with the examples."""
+    """Why a record is left out: `reason: detail`. Reasons are counted, details go with the examples."""
 
-    def __init__(self, reason: str, detail: str = "") -> None:
-        super().__init__(f"{reason}: {detail}" if detail else reason)
-        self.reason = reason
+    @property
+    def reason(self) -> str:
+        return str(self).partition(": ")[0]
 
 
 class Record(NamedTuple):
@@ -93,13 +92,13 @@ def choosing(config: PrepareConfig, names: Sequence[str]) -> dict[str, Stage]:
 
     def captions(record: Record) -> Record:
         limit = config.max_captions.get(record.source, config.max_captions.get(""))
-        own = own_captions(record.columns, None, tidy)
+        own = own_captions(record.columns, tidy)
         fit = [text for text in own if config.min_caption <= len(text) <= config.max_caption]
         made = {t.given: t.fill(record.columns) for t in templates if t.source in ("", record.source)}
         texts = tuple(dict.fromkeys([*fit[:limit], *filter(None, made.values())]))
         if not texts:
             raise Dropped("no caption" if not own else "no caption of an allowed length")
-        changed = not config.raw_captions and own != own_captions(record.columns, None)
+        changed = not config.raw_captions and own != own_captions(record.columns)
         notes = [*["captions cleaned"] * changed, *["captions left out for their length"] * (len(fit) < len(own))]
         return record.noted(*notes, captions=texts, made_by=tuple(given for given, text in made.items() if text))
 
@@ -112,35 +111,34 @@ def choosing(config: PrepareConfig, names: Sequence[str]) -> dict[str, Stage]:
         try:
             image = start(record.data, config.formats)
         except ValueError as error:
-            raise _dropped(error) from None
+            raise Dropped(str(error)) from None
         if image.width * image.height > config.max_megapixels * 1e6:
-            raise Dropped(f"more than {config.max_megapixels:g} megapixels", f"{image.width} x {image.height}")
+            raise Dropped(f"more than {config.max_megapixels:g} megapixels: {image.width} x {image.height}")
         turned = "exif" in image.info and image.getexif().get(_ORIENTATION, 1) >= 5  # it lies on its side
         width, height = image.size[::-1] if turned else image.size
         known = [record.columns.get(name) for name in ("original_width", "original_height")]
-        if all(isinstance(side, int) and side > 0 for side in known):  # before an earlier preparation
-            found: Any = known
-        else:
-            found = width, height
+        sound = all(isinstance(side, int) and side > 0 for side in known)  # before an earlier preparation
+        found: Any = known if sound else (width, height)
         sizes = {"original_width": found[0], "original_height": found[1], "width": width, "height": height}
         return record._replace(image=image, sizes=sizes)
 
     def limits(record: Record) -> Record:
         width, height = record.pixels.size
         if min(width, height) < config.min_size:
-            raise Dropped(f"smaller than {config.min_size}", f"{width} x {height}")
+            raise Dropped(f"smaller than {config.min_size}: {width} x {height}")
         if max(width, height) > config.max_aspect * min(width, height):
-            raise Dropped(f"longer than {config.max_aspect:g}:1", f"{width} x {height}")
+            raise Dropped(f"longer than {config.max_aspect:g}:1: {width} x {height}")
         return record
 
-    return {
-        **({"match id": match_id} if config.match_id else {}),
-        **({"recolour": recolour} if config.recolour is not None else {}),
+    stages = {
+        "match id": match_id if config.match_id else None,
+        "recolour": recolour if config.recolour is not None else None,
         "captions": captions,
-        **({"match": match} if config.match else {}),
+        "match": match if config.match else None,
         "open": open_,
         "limits": limits,
     }
+    return {name: stage for name, stage in stages.items() if stage}
 
 
 def making(config: PrepareConfig) -> dict[str, Stage]:
@@ -164,7 +162,7 @@ def making(config: PrepareConfig) -> dict[str, Stage]:
             *["alpha laid on the background"] * has_alpha(found),
             *["colours brought to sRGB"] * other_colours(found),
         ]
-        image = _decoded(record, config, scaled)
+        image = decoded(record, config, scaled)
         if scaled != size:
             notes.append("enlarged" if scaled[0] > size[0] else "shrunk")
             image = image.resize(scaled, Image.Resampling.LANCZOS, reducing_gap=3.0)
@@ -195,13 +193,8 @@ def making(config: PrepareConfig) -> dict[str, Stage]:
     return {"decode and fit": fit, **({"paint": paint} if config.recolour is not None else {}), "encode": encode}
 
 
-def small(record: Record, config: PrepareConfig, side: int) -> Image.Image:
-    """The picture of a record that was chosen, decoded, for a look: at least `side` pixels each way if it has them."""
-    return _decoded(record, config, (side, side))
-
-
-def _decoded(record: Record, config: PrepareConfig, least: tuple[int, int]) -> Image.Image:
-    """RGB pixels, of a JPEG at the least scale that is still `_SHARPER` times the size that is needed."""
+def decoded(record: Record, config: PrepareConfig, least: tuple[int, int]) -> Image.Image:
+    """RGB pixels of a record that was chosen, of a JPEG at the least scale that is `_SHARPER` times the size needed."""
     image = record.pixels
     width, height = _SHARPER * least[0], _SHARPER * least[1]
     lies = image.size != (record.sizes["width"], record.sizes["height"])
@@ -209,14 +202,4 @@ def _decoded(record: Record, config: PrepareConfig, least: tuple[int, int]) -> I
     try:
         return finish(image, config.background)
     except ValueError as error:
-        raise _dropped(error) from None
-
-
-def _dropped(error: ValueError) -> Dropped:
-    reason, _, detail = str(error).partition(": ")
-    return Dropped(reason, detail)
-
-
-def unreadable(error: UserError) -> Dropped:
-    """The reason of a picture that a source could not give."""
-    return _dropped(error)
+        raise Dropped(str(error)) from None

@@ -63,8 +63,7 @@ def test_templates_that_cannot_work_are_refused(template, message):
         read_templates([template], ["emoji"])
 
 
-def test_own_captions_are_cleaned_and_limited():
+def test_own_captions_are_cleaned_and_each_is_kept_once():
     columns = {"captions": [" a\ncat ", "", "a cat", "tabby", "pet"]}
-    assert own_captions(columns, None) == ["a cat", "tabby", "pet"]
-    assert own_captions(columns, 2) == ["a cat", "tabby"]
+    assert own_captions(columns) == ["a cat", "tabby", "pet"]
     assert clean("\t ") == ""
