@@ -2,6 +2,7 @@
 
 import hashlib
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -45,11 +46,8 @@ class Canvas:
 
     def padded(self, height: int, width: int) -> "Canvas":
         """The same at the top left of a larger one, its last row and column repeated."""
-        bottom, right = height - self.image.shape[2], width - self.image.shape[3]
-
-        def grow(x: Tensor) -> Tensor:
-            return F.pad(x, (0, right, 0, bottom), mode="replicate")
-
+        sides = (0, width - self.image.shape[3], 0, height - self.image.shape[2])
+        grow = partial(F.pad, pad=sides, mode="replicate")
         return Canvas(grow(self.image), None if self.mask is None else grow(self.mask))
 
     def finish(self, pictures: Image) -> Float[Tensor, "b 3 _ _"]:
@@ -97,10 +95,8 @@ def _alpha(picture: Pillow.Image, path: str | Path) -> Pillow.Image:
 def _grey(path: str | Path, size: tuple[int, int]) -> Pillow.Image:
     mask = read_picture(path)
     if mask.size != size:
-        raise UserError(
-            f"the mask {str(path)!r} is {mask.width}x{mask.height}, the picture {size[0]}x{size[1]}: "
-            "give one of the same size"
-        )
+        what = f"is {mask.width}x{mask.height}, the picture {size[0]}x{size[1]}"
+        raise UserError(f"the mask {str(path)!r} {what}: give one of the same size")
     grey = (to_image(mask).mean(1)[0] + 1) * 127.5
     return Pillow.fromarray(grey.round().to(torch.uint8).numpy())
 

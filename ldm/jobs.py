@@ -120,9 +120,8 @@ def _cell(text: Any, kind: type) -> Any:
     """A number of a CSV row as a number; what is none stays text, and is refused as such."""
     if not isinstance(text, str) or kind is str or not text.strip():
         return text
+    words = {"true": True, "1": True, "false": False, "0": False}
     try:
-        return (
-            {"true": True, "1": True, "false": False, "0": False}[text.strip().lower()] if kind is bool else kind(text)
-        )
+        return words[text.strip().lower()] if kind is bool else kind(text)
     except (KeyError, ValueError):
         return text

@@ -109,7 +109,7 @@ class Limits:
             _between("the larger side", round(max(r.width, r.height) * r.upscale), self.multiple, MAX_SIDE)
             self.levels(self.larger(r))
         if r.refiner_start is not None:
-            self._refiner(r)
+            self._refiner(r, r.refiner_start)
         if r.tile and (r.tile % self.multiple or r.tile < 2 * self.multiple):
             raise UserError(f"tile is {r.tile}: give a multiple of {self.multiple}, and twice that or more")
 
@@ -119,16 +119,15 @@ class Limits:
         step = torch.tensor(round(TRAIN_STEPS - TRAIN_STEPS * r.refiner_start), dtype=torch.float64)
         return float(self.schedule.at(step)) * (1 - 1e-6)  # levels are fp32 where they are compared
 
-    def _refiner(self, r: Request) -> None:
-        assert r.refiner_start is not None
+    def _refiner(self, r: Request, start: float) -> None:
         if not self.refined:
-            raise UserError(f"refiner start is {r.refiner_start:g}: give the model that then takes over as --refiner")
-        if not 0 < r.refiner_start < 1:
-            raise UserError(f"refiner start is {r.refiner_start:g}: choose between 0 and 1, such as {REFINER_START:g}")
+            raise UserError(f"refiner start is {start:g}: give the model that then takes over as --refiner")
+        if not 0 < start < 1:
+            raise UserError(f"refiner start is {start:g}: choose between 0 and 1, such as {REFINER_START:g}")
         if r.invert:
             raise UserError("an inversion goes back by one model: leave --refiner out")
         if float(self.levels(r)[-2]) > self.handover(r):
-            what = f"refiner start {r.refiner_start:g} leaves none of {r.steps} steps to the refiner"
+            what = f"refiner start {start:g} leaves none of {r.steps} steps to the refiner"
             raise UserError(f"{what}: give more steps, or an earlier start")
 
 

@@ -33,9 +33,7 @@ class Request:
     width: int | None = _told("pixels (the model's own, or the first picture's)")
     height: int | None = _told("pixels (the model's own, or the first picture's)")
     clip_skip: int | None = _told("read the text tower's n-th layer from the end (the model's own)")
-    guidance: str | None = _told(
-        "its kind: rescale:0.7, apg, cfgpp, interval:0.3-5, threshold:0.995-3, joined by + (the model's own)"
-    )
+    guidance: str | None = _told("rescale:0.7, apg, cfgpp, interval:0.3-5, threshold:0.995-3, with + (the model's own)")
     plain_prompt: bool = _told("take prompts as they stand, without (weights:1.2), [from:to:0.5], AND, BREAK", False)
     variation: float = _told("how far to go towards the noise of --variation-seed, 0 to 1", 0.0)
     variation_seed: int = _told("another seed, of the first picture; the next one has the next", 0)
@@ -65,9 +63,7 @@ class Run:
     expand: str | None = _told("pixels to paint around --init-image: 32, or LEFT,TOP,RIGHT,BOTTOM")
     model: str | None = _told("a packaged model's name, or a path (embedded)")
     vae: str = _told("another autoencoder: a file or folder, TAESD's too (the model's own)", "")
-    refiner: str = _told(
-        "a second model of the same latents, such as SDXL's refiner, that ends what the first began", ""
-    )
+    refiner: str = _told("a second model of the same latents, such as SDXL's, that ends what the first began", "")
     lora: tuple[str, ...] = _told("adapters, each FILE or FILE:0.8", ())
     embedding: tuple[Path, ...] = _told("textual inversions; prompts name them as their files are named", ())
     control: tuple[str, ...] = _told("ControlNets and T2I-Adapters, each FILE, FILE:0.8 or FILE:0.8:0-0.5", ())
@@ -86,9 +82,7 @@ class Run:
     preview_vae: Path | None = _told("TAESD for previews (a linear map, fitted to the model)")
     device: str | None = _told("auto, cpu, cuda, cuda:1 (auto)")
     precision: str | None = _told("auto, fp32, bf16, fp16 (auto: bf16 where the device computes in it)")
-    attention: str = _told(
-        "auto, sdpa, xformers, or sliced, for little memory: how attention is computed (auto)", "auto"
-    )
+    attention: str = _told("how it is computed: auto, sdpa, xformers, or sliced, for little memory (auto)", "auto")
     compile: bool = _told("compile the networks' blocks first: faster steps after a minute or two", False)
     offload: bool = _told("keep on the device only the network that works: slower, less memory", False)
 
