@@ -168,5 +168,5 @@ class FusedNorm(GroupNorm):
 def install(network: nn.Module) -> None:
     """Let a network's norms go by these kernels."""
     for module in network.modules():
-        if type(module) is GroupNorm:
+        if isinstance(module, GroupNorm):
             module.__class__ = FusedNorm

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ldm.errors import UserError
 from ldm.models.attention import Attention, FeedForward, TransformerBlock, use_attention
-from ldm.models.layers import Features, Upsample
+from ldm.models.layers import Features, GroupNorm, Upsample
 from ldm.models.processor import FLOATS, by_hand, multiplies, native_bf16, product, slow_blas, slow_fp16
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # glibc's malloc.h
@@ -26,6 +26,7 @@ TILE, LANES = 2**20, 16  # weights in fp32 that stay in the cache, and that a re
 FEW = 2**11  # pixels x those of the kernel, for each of a batch: its company changes no picture
 PLAIN = (1, (1, 1), "zeros")  # groups, dilation and padding of a convolution
 WORTH_PHASES = 2**6  # pixels
+SMALL = 2**10  # pixels of a map under which torch norms bf16 number by number
 COMPILED_FORMS = 64  # a network has its blocks at several widths and resolutions, each a form of its own
 
 
@@ -147,6 +148,16 @@ class Fused(FeedForward):
         return self.reduce(gated.mul_(product(x, value, value_bias)))
 
 
+class Widened(GroupNorm):
+    """A GroupNorm of small maps in bf16 by way of fp32 on a CPU, where torch's kernel for them takes 1.5 to 6 times as
+    long."""
+
+    def forward(self, x: Features) -> Features:
+        if x.shape[2] * x.shape[3] >= SMALL or not by_hand(x, self.weight, "cpu", torch.bfloat16):
+            return super().forward(x)
+        return F.group_norm(x.float(), self.num_groups, self.weight.float(), self.bias.float(), self.eps).to(x.dtype)
+
+
 class Phased(Upsample):
     """Nearest neighbour and a 3 x 3 convolution as four 2 x 2 convolutions, one for each place in a doubled pixel.
 
@@ -195,6 +206,8 @@ def prepare(network: nn.Module, attention: str = "auto", compiled: bool = False)
             module.__class__ = Joined
         if fuses and type(module) is FeedForward:
             module.__class__ = Fused
+        if fuses and type(module) is GroupNorm:
+            module.__class__ = Widened
         if type(module) is Upsample:
             module.__class__ = Phased
     if compiled:

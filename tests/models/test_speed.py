@@ -15,7 +15,7 @@ from ldm.conditioning import Conditioning
 from ldm.errors import UserError
 from ldm.models import attention, processor, speed
 from ldm.models.autoencoder import Autoencoder, AutoencoderConfig
-from ldm.models.layers import GroupNorm, Upsample
+from ldm.models.layers import Upsample, norm
 from ldm.models.unet import UNet, UNetConfig
 
 CONFIG = UNetConfig(channels=(32, 64), res_blocks=1, depth=(1, 1), heads=(2, 2), context_dim=160, groups=8)
@@ -213,6 +213,28 @@ def test_feed_forward_in_bf16_is_fused_where_nothing_forbids_it(monkeypatch: pyt
     assert len(calls) == 3 and x.grad is not None  # of the product
 
 
+def test_small_maps_in_bf16_are_normed_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(speed, "native_bf16", lambda device: True)
+    rng, plain = torch.Generator().manual_seed(0), norm(12, 4, eps=1e-5)
+    with torch.no_grad():
+        for parameter in plain.parameters():
+            parameter.normal_(1, 0.3, generator=rng)
+    fast = copy.deepcopy(plain)
+    speed.prepare(fast)
+    x = torch.randn(2, 12, 9, 7, generator=rng).contiguous(memory_format=torch.channels_last)
+    with torch.no_grad():
+        torch.testing.assert_close(fast(x), plain(x), rtol=0, atol=0)  # fp32 goes the plain way
+        fast, x = fast.bfloat16(), x.bfloat16()
+        wanted = plain.bfloat16().float()(x.float())
+        got = fast(x)
+        assert torch.equal(got, wanted.bfloat16()) and got.is_contiguous(memory_format=torch.channels_last)
+        assert torch.equal(fast.activated(x), torch.nn.functional.silu(got))
+        large = torch.randn(1, 12, 32, 32, generator=rng).bfloat16()
+        assert torch.equal(fast(large), plain.bfloat16()(large))
+    fast(x.requires_grad_()).sum().backward()
+    assert x.grad is not None
+
+
 @pytest.mark.parametrize("shape", [(8, 8), (9, 13), (7, 9)])
 def test_upsampling_in_phases_is_the_same(shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     rng = torch.Generator().manual_seed(0)
@@ -305,7 +327,7 @@ def test_compiled_for_a_gpu_it_takes_kernels_and_graphs(monkeypatch: pytest.Monk
     for device, taken in (("meta", True), ("cpu", False)):
         network = unet().to(device)
         speed.prepare(network)
-        assert type(network) is UNet and type(network.norm_out) is GroupNorm  # only when asked
+        assert type(network) is UNet and not isinstance(network.norm_out, kernels.FusedNorm)  # only when asked
         speed.prepare(network, compiled=True)
         assert isinstance(network, graphs.Recorded) is taken
         assert isinstance(network.norm_out, kernels.FusedNorm) is taken
