@@ -151,9 +151,8 @@ def load(path: Path | str, device: torch.device | str = "cpu", dtype: torch.dtyp
     with brief(Path(path)):
         file = SafeFile(Path(path))
         model, tensors = skeleton(spec_of(file.metadata)), Packed([(file, "")])
-        fill(
-            model.modules, tensors.without(n for n in tensors if n.startswith(EXTRA)), model.own_names(), device, dtype
-        )
+        needed = tensors.without(name for name in tensors if name.startswith(EXTRA))
+        fill(model.modules, needed, model.own_names(), device, dtype)
     return model
 
 
@@ -207,40 +206,27 @@ def fill(
     *,
     layout: torch.memory_format = torch.preserve_format,
 ) -> None:
-    """Give networks on the meta device their weights, each from the file to the device once. UserError as `check`.
+    """Give networks on the meta device their weights, each from the file to the device once.
 
     modules: by the prefix of their names in the keymap. dtype None: as most of the file is. layout: of convolutions.
+    UserError as `check`, and for what is not finite.
     """
     check({name: tuple(value.shape) for name, value in named(modules).items()}, tensors, keymap)
     dtype = dtype or tensors.main_dtype()
     for prefix, module in modules.items():
-        pour(module, tensors, keymap, device, dtype, prefix=f"{prefix}.", layout=layout)
-
-
-def pour(
-    module: nn.Module,
-    tensors: Tensors,
-    keymap: KeyMap,
-    device: torch.device | str,
-    dtype: torch.dtype,
-    *,
-    prefix: str,
-    layout: torch.memory_format,
-) -> None:
-    """`fill` of one network, whose tensors have been checked. UserError for those that are not finite."""
-    state, broken = {}, set()
-    for name, empty in module.state_dict().items():
-        ours = prefix + name
-        value = keymap.tensor(ours, tensors, tuple(empty.shape))
-        value = cast(value, device, dtype, layout if value.dim() == 4 else torch.preserve_format)
-        if not finite(value):
-            broken.add(ours)
-        for theirs in keymap.names[ours]:
-            tensors.forget(theirs, value)
-        state[name] = value
-    refuse(**{f"not finite in {str(dtype).removeprefix('torch.')}": broken})
-    module.load_state_dict(state, strict=True, assign=True)
-    module.to(device).eval().requires_grad_(False)
+        state, broken = {}, set()
+        for name, empty in module.state_dict().items():
+            ours = f"{prefix}.{name}"
+            value = keymap.tensor(ours, tensors, tuple(empty.shape))
+            value = cast(value, device, dtype, layout if value.dim() == 4 else torch.preserve_format)
+            if not finite(value):
+                broken.add(ours)
+            for theirs in keymap.names[ours]:
+                tensors.forget(theirs, value)
+            state[name] = value
+        refuse(**{f"not finite in {str(dtype).removeprefix('torch.')}": broken})
+        module.load_state_dict(state, strict=True, assign=True)
+        module.to(device).eval().requires_grad_(False)
 
 
 def cast(value: Tensor, device: torch.device | str, dtype: torch.dtype, layout: torch.memory_format) -> Tensor:

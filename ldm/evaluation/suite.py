@@ -11,7 +11,7 @@ import yaml
 from torch import Tensor
 
 from ldm.checkpoints.native import Model
-from ldm.errors import UserError, unknown
+from ldm.errors import UserError, nearest, unknown
 from ldm.evaluation import statistics
 from ldm.evaluation.clip import load_clip
 from ldm.evaluation.inception import Inception
@@ -353,7 +353,8 @@ def settings(texts: Sequence[str]) -> dict[str, list[Any]]:
     for text in texts:
         name, _, values = text.partition("=")
         if name not in kinds:
-            raise unknown("way of painting", name, kinds)
+            hint = nearest(name, list(kinds))
+            raise UserError(f"no way of painting is called {name!r}{hint}: use {', '.join(kinds)}")
         try:
             found[name] = [kinds[name](value) for value in values.split(",")]
         except ValueError:

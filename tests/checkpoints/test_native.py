@@ -110,6 +110,7 @@ NAME = "backbone.conv_in.weight"
         (lambda t, m: m.update(version="99"), "version 99"),
         (lambda t, m: m.update(spec="{"), "no readable spec"),
         (lambda t, m: m.pop("spec"), "no readable spec"),
+        (lambda t, m: m.update(spec='{"image_size": 1' + 5000 * "0" + "}"), "5001 digits"),
         (lambda t, m: m.update(spec=m["spec"].replace("image_size", "image_sise")), "did you mean 'image_size'"),
         (lambda t, m: m.update(spec=json.dumps(json.loads(m["spec"]) | {"prediction": "w"})), "'w' is not one of"),
     ],
