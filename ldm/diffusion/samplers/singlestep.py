@@ -167,14 +167,7 @@ def dpm_solver(grid: Grid, *, order: int = 3) -> list[Row]:
 
 
 def dpm_adaptive(
-    model: Model,
-    x: State,
-    grid: Grid,
-    noise: NoiseFn,
-    *,
-    order: int = 3,
-    rtol: float = 0.05,
-    atol: float = 0.0078,
+    model: Model, x: State, grid: Grid, noise: NoiseFn, *, order: int = 3, rtol: float = 0.05, atol: float = 0.0078
 ) -> Iterator[Step]:
     """DPM-Solver-12 or -23 with error control (appendix C): of the run only both ends are used.
 
