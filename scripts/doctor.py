@@ -22,10 +22,9 @@ FLAGS.add_argument("--processes", type=whole(1), default=1, help="that will trai
 @script
 def main() -> None:
     args, overrides = FLAGS.parse_known_args()
-    from ldm.training.arguments import load_any
-    from ldm.training.doctor import examine
+    from ldm.training.doctor import examine, read
 
-    findings = examine(load_any(args.config, overrides), args.run, args.processes)
+    findings = examine(read(args.config, overrides), args.run, args.processes)
     for line in findings:
         print("- " + " ".join(line.split()))
     print(f"{len(findings)} found" if findings else "all is well")

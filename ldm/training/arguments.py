@@ -2,7 +2,7 @@
 
 import dataclasses
 import typing
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
@@ -42,28 +42,12 @@ def train_by(kind: type[Run], make: Callable[[Run], Task], usage: str) -> int:
     return train(task, settings, known.run).exit_code
 
 
-def load_any(path: Path, overrides: Sequence[str]) -> VaeRun | LdmRun:
-    """The config of a training script, of whichever its fields are. UserError of the one that it is nearer to."""
-    errors: list[UserError] = []
-    kinds: tuple[type[LdmRun] | type[VaeRun], ...] = (LdmRun, VaeRun)
-    for kind in kinds:
-        try:
-            return config.load(kind, path, overrides)
-        except UserError as error:
-            errors.append(error)
-    names = {field.name for field in dataclasses.fields(VaeRun)} - {field.name for field in dataclasses.fields(LdmRun)}
-    of_vae = path.is_file() and any(line.split(":")[0] in names for line in path.read_text().splitlines())
-    raise errors[of_vae]
-
-
 def _fields(kind: type, default: Any = None, where: str = "") -> Iterator[tuple[str, Any]]:
     hints = typing.get_type_hints(kind)
     for field in dataclasses.fields(kind):
         value = field.default if default is None else getattr(default, field.name)
         missing = value is dataclasses.MISSING
-        if dataclasses.is_dataclass(hints[field.name]):
-            yield from _fields(
-                typing.cast(type, hints[field.name]), None if missing else value, f"{where}{field.name}."
-            )
+        if isinstance(inner := hints[field.name], type) and dataclasses.is_dataclass(inner):
+            yield from _fields(inner, None if missing else value, f"{where}{field.name}.")
         else:
             yield where + field.name, "(needed)" if missing else value

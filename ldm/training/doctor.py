@@ -2,13 +2,16 @@
 
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 
+from ldm import config
 from ldm.checkpoints.native import SamplingDefaults
 from ldm.data.dataset import to_image
 from ldm.data.folders import with_shards
@@ -17,45 +20,58 @@ from ldm.data.stream import sources
 from ldm.errors import UserError
 from ldm.files import sha256
 from ldm.training import checkpoint, memory
-from ldm.training.config import LdmRun, VaeRun
+from ldm.training.config import ControlRun, DistilRun, InversionRun, LdmRun, LoraRun, VaeRun
 from ldm.training.folder import check_same
 from ldm.training.optim import rate
 from ldm.training.processes import faults
 from ldm.training.tasks.autoencoder import AutoencoderTask
+from ldm.training.tasks.controlnet import ControlTask
 from ldm.training.tasks.denoising import DenoisingTask
+from ldm.training.tasks.distil import DistilTask
+from ldm.training.tasks.inversion import InversionTask
+from ldm.training.tasks.lora import LoraTask
 
 LOOKED_AT = 64  # samples
+Settings = VaeRun | LdmRun
+TASKS: dict[type[Settings], Callable[[Any], Any]] = {
+    LdmRun: DenoisingTask, VaeRun: AutoencoderTask, LoraRun: LoraTask, ControlRun: ControlTask,
+    InversionRun: InversionTask, DistilRun: DistilTask,
+}  # fmt: skip
 # Rates above which hardly any run works.
 STEEP = {"adamw": 0.02, "adamw8bit": 0.02, "prodigy": 10.0, "adafactor": 0.1, "muon": 0.2}
-Settings = VaeRun | LdmRun
+
+
+def read(path: Path, overrides: Sequence[str]) -> Settings:
+    """The config of a training script, the one that knows most of its fields. UserError as `config.load`."""
+    said = {word.removeprefix("--").partition("=")[0].partition(".")[0] for word in overrides if word[:2] == "--"}
+    with suppress(OSError, TypeError, ValueError, yaml.YAMLError):  # told by whoever reads it next
+        said |= set(yaml.safe_load(path.read_text()))
+    return config.load(max(TASKS, key=lambda kind: len(said & {f.name for f in fields(kind)})), path, overrides)
 
 
 def examine(config: Settings, run: Path | None = None, processes: int = 1) -> list[str]:
     """The findings about a run in the folder `run` by that many processes; none: all is well."""
     findings = [line for check in CHECKS for line in check(config, processes)]
     try:
-        task = AutoencoderTask(config) if isinstance(config, VaeRun) else DenoisingTask(config)
+        task = TASKS[type(config)](config)
         sample = task.dataset.__getitems__(range(min(LOOKED_AT, len(task.dataset))))
     except UserError as error:  # the networks or the shards; the checks below need both
         return [*findings, str(error)]
     if isinstance(task, DenoisingTask):
-        findings += captions(sample["caption"])
-        findings += latents(task, sample["image"][:16])
+        findings += [*captions(sample["caption"]), *latents(task, sample["image"][:16])]
     findings += room(task, config, run, processes)
-    findings += earlier(config, run) if run else []
+    try:
+        if run and checkpoint.complete(run / "checkpoints"):
+            check_same(config, yaml.safe_load((run / "config.yaml").read_text()), run)
+    except (UserError, OSError, yaml.YAMLError) as error:
+        findings.append(str(error))
     return findings
-
-
-def together(config: Settings, processes: int) -> Iterator[str]:
-    return faults(config.run, config.optim, processes)
 
 
 def shards(config: Settings, processes: int) -> Iterator[str]:
     """All files are there, whole, and enough."""
-    patterns = {"data.shards": config.data.shards, "data.validation": config.data.validation}
-    for name, pattern in patterns.items():
-        if name == "data.validation" and not pattern:
-            continue
+    held = config.data.validation
+    for name, pattern in (("data.shards", config.data.shards), ("data.validation", held))[: 1 + bool(held)]:
         try:
             found = Shards(*with_shards([source.pattern for source in sources(pattern)], config.data))
             for path, entry in zip(found.paths, found.entries, strict=True):
@@ -67,35 +83,27 @@ def shards(config: Settings, processes: int) -> Iterator[str]:
         count = sum(found.counts)
         if name == "data.shards" and count < config.run.batch_size:
             yield f"data.shards hold {count} samples, less than one run.batch_size {config.run.batch_size}: add shards"
-    if config.data.validation and config.data.validation == config.data.shards:
+    if held and held == config.data.shards:
         yield "data.validation is data.shards: what is trained on proves nothing, hold others back"
 
 
-def rates(config: Settings, processes: int) -> Iterator[str]:
-    optim, steps = config.optim, config.run.steps
+def settings(config: Settings, processes: int) -> Iterator[str]:
+    run, optim, gpu = config.run, config.optim, torch.cuda.is_available()
+    yield from faults(run, optim, processes)
     if optim.lr <= 0:
         yield f"optim.lr is {optim.lr}: nothing will move, take 1e-4, say"
     if optim.lr > STEEP[optim.kind]:
         yield f"optim.lr is {optim.lr}: {optim.kind} hardly ever stands more than {STEEP[optim.kind]}"
-    if optim.warmup >= steps:
-        top = max(rate(optim, step, steps) for step in (0, steps - 1))
-        yield f"optim.warmup {optim.warmup} is not over in {steps} steps (the rate ends at {top:.3g}): shorten it"
-    if not config.run.ema.warmup and config.run.ema.decay**steps > 0.1:
-        share = config.run.ema.decay**steps
-        yield f"run.ema.decay {config.run.ema.decay} still holds {share:.0%} of the first weights at the end: lower it"
-
-
-def saving(config: Settings, processes: int) -> Iterator[str]:
-    run = config.run
+    if optim.warmup >= run.steps:
+        top = max(rate(optim, step, run.steps) for step in (0, run.steps - 1))
+        yield f"optim.warmup {optim.warmup} is not over in {run.steps} steps (the rate ends at {top:.3g}): shorten it"
+    if not run.ema.warmup and (share := run.ema.decay**run.steps) > 0.1:
+        yield f"run.ema.decay {run.ema.decay} still holds {share:.0%} of the first weights at the end: lower it"
     if run.checkpoint_every > run.steps or not run.checkpoint_every:
         yield f"run.checkpoint_every {run.checkpoint_every} saves only at step {run.steps}: what is lost is all of it"
-
-
-def precision(config: Settings, processes: int) -> Iterator[str]:
-    gpu = torch.cuda.is_available()
-    if config.run.precision == "bf16" and gpu and not torch.cuda.is_bf16_supported(including_emulation=False):
+    if run.precision == "bf16" and gpu and not torch.cuda.is_bf16_supported(including_emulation=False):
         yield "run.precision bf16 is only emulated on this GPU, which is slow: take fp16 or fp32"
-    if config.run.precision == "tf32" and not gpu:
+    if run.precision == "tf32" and not gpu:
         yield "run.precision tf32 is one of GPUs: take fp32 or bf16"
 
 
@@ -140,17 +148,14 @@ def latents(task: DenoisingTask, images: torch.Tensor) -> Iterator[str]:
 
 
 def room(task: Any, config: Settings, run: Path | None, processes: int) -> Iterator[str]:
-    """Memory and disk."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    need, there = memory.predict(task, config, processes, device), memory.free(device)
-    here = need.total * (processes if device.type == "cpu" else 1)
+    gpu = torch.cuda.is_available()
+    need, there = memory.predict(task, config, processes), memory.free(torch.device("cuda" if gpu else "cpu"))
+    here = need.total * (1 if gpu else processes)
     if here > there:
-        yield (
-            f"a step needs {memory.size(here)} of memory, {memory.size(there)} are free: a smaller run.batch_size, "
-            "optim.accumulate 2 or more, or run.recompute true help"
-        )
-    settings = config.run
-    kept = settings.keep + 1 + (settings.steps // settings.keep_every if settings.keep_every else 0)
+        remedies = "a smaller run.batch_size, optim.accumulate 2 or more, or run.recompute true help"
+        yield f"a step needs {memory.size(here)} of memory, {memory.size(there)} are free: {remedies}"
+    every = config.run.keep_every
+    kept = config.run.keep + 1 + (config.run.steps // every if every else 0)
     size = need.weights + need.average + need.optimizer
     path = (run or Path()).absolute()
     folder = next(parent for parent in (path, *path.parents) if parent.exists())
@@ -162,13 +167,4 @@ def room(task: Any, config: Settings, run: Path | None, processes: int) -> Itera
         )
 
 
-def earlier(config: Settings, run: Path) -> Iterator[str]:
-    """What the folder holds of a run before."""
-    try:
-        if checkpoint.complete(run / "checkpoints"):
-            check_same(config, yaml.safe_load((run / "config.yaml").read_text()), run)
-    except (UserError, OSError, yaml.YAMLError) as error:
-        yield str(error)
-
-
-CHECKS: tuple[Callable[[Any, int], Iterator[str]], ...] = (together, shards, rates, saving, precision, diffusion)
+CHECKS: tuple[Callable[[Any, int], Iterator[str]], ...] = (settings, shards, diffusion)

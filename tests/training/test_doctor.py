@@ -179,6 +179,11 @@ def test_the_script(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtu
     assert run(vae) == (0, "all is well\n", "")
     code, out, _ = run(ldm, "--processes", "3", "--loss.caption_dropout", "0")
     assert code == 1 and out.count("\n- ") == 1 and out.startswith("- ") and out.endswith("2 found\n")
+    tuned = ROOT / "configs/tune"
+    for name in ("lora", "distil", "controlnet", "inversion"):
+        code, out, error = run(str(tuned / f"{name}.yaml"))
+        assert (code, error) == (int(name == "inversion"), "")
+        assert "no caption holds inversion.token" in out if name == "inversion" else out == "all is well\n"
     for path, field in ((vae, "statisticss"), (ldm, "predictionn")):
         code, _, error = run(path, f"--{field}", "1")
         assert code == 2 and f"unknown field '{field}' (did you mean" in error
