@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from ldm.checkpoints import native
 from ldm.errors import Parser, script
-from ldm.training.posthoc import reconstruct
+from ldm.training.ema import reconstruct
 
 
 @script

@@ -1,8 +1,7 @@
 """Checkpoints that are whole or absent: a folder `checkpoints/00001000` made complete by one rename.
 
-It holds state.safetensors, state.json, and manifest.json with the sha256 of both; all are on the disk before the folder
-gets its name. Nothing is pickled. A damaged checkpoint is put aside, loudly, and the one before it serves. A `Writer`
-does all this beside the training, which waits for no more than a copy of the tensors.
+It holds state.safetensors, state.json, and manifest.json with the sha256 of both, all on the disk before it has its
+name. Nothing is pickled. A damaged one is put aside, loudly, and the one before it serves.
 """
 
 import json
@@ -24,12 +23,13 @@ from ldm.training.sharding import split_as
 
 TENSORS, STATE, MANIFEST = "state.safetensors", "state.json", "manifest.json"
 Saved = tuple[dict[str, Tensor], dict[str, Any]]
+Networks = Mapping[str, nn.Module]
 
 
 class Writer:
-    """Does one piece of work at a time in a thread, for as long as a `with` block lasts.
+    """Does one piece of work at a time beside a `with` block; what goes wrong in it is raised by the next calls.
 
-    What goes wrong in it is raised by the next calls. After Ctrl-C it is left as it is: half a checkpoint is none.
+    After Ctrl-C it is left as it is: half a checkpoint is none.
     """
 
     def __init__(self) -> None:
@@ -55,7 +55,6 @@ class Writer:
             self._work.result()
 
     def check(self) -> None:
-        """Raise what went wrong, if something did."""
         if self._work and not self._work.is_alive():
             self.wait()
 
@@ -69,7 +68,15 @@ def write(folder: Path, step: int, saved: Saved, keep: int, keep_every: int = 0)
     if target.exists():  # the state of a step is what it is
         return target
     try:
-        _fill(partial, saved)
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        tensors, state = saved
+        save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, partial / TENSORS)
+        (partial / STATE).write_text(json.dumps(state, indent=1))
+        digests = {name: sha256(partial / name) for name in (TENSORS, STATE)}
+        (partial / MANIFEST).write_text(json.dumps(digests, indent=1))
+        for path in (*partial.iterdir(), partial):
+            flush(path)
         partial.rename(target)
         flush(folder)
     except (OSError, SafetensorError) as error:
@@ -79,18 +86,6 @@ def write(folder: Path, step: int, saved: Saved, keep: int, keep_every: int = 0)
         if not keep_every or int(old.name) % keep_every:
             shutil.rmtree(old.rename(folder / f".{old.name}.partial"))
     return target
-
-
-def _fill(partial: Path, saved: Saved) -> None:
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    tensors, state = saved
-    save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, partial / TENSORS)
-    (partial / STATE).write_text(json.dumps(state, indent=1))
-    digests = {name: sha256(partial / name) for name in (TENSORS, STATE)}
-    (partial / MANIFEST).write_text(json.dumps(digests, indent=1))
-    for path in (*partial.iterdir(), partial):
-        flush(path)
 
 
 def complete(folder: Path) -> list[Path]:
@@ -106,8 +101,13 @@ def newest(folder: Path, warn: Callable[[str], None]) -> tuple[Path, Saved] | No
     for partial in folder.glob(".*.partial"):
         shutil.rmtree(partial)
     for path in complete(folder)[::-1]:
-        fault = _fault(path)
-        if fault is None:
+        try:
+            digests = json.loads((path / MANIFEST).read_text())
+            wrong = [name for name in (TENSORS, STATE) if sha256(path / name) != digests[name]]
+            fault = f"{wrong[0]} is not what was written" if wrong else ""
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            fault = f"{type(error).__name__}: {error}"
+        if not fault:
             return path, (load_file(path / TENSORS), json.loads((path / STATE).read_text()))
         aside = path.with_name(f"damaged-{path.name}")
         shutil.rmtree(aside, ignore_errors=True)
@@ -118,37 +118,21 @@ def newest(folder: Path, warn: Callable[[str], None]) -> tuple[Path, Saved] | No
     return None
 
 
-def _fault(path: Path) -> str | None:
-    try:
-        digests = json.loads((path / MANIFEST).read_text())
-        for name in (TENSORS, STATE):
-            if sha256(path / name) != digests[name]:
-                return f"{name} is not what was written"
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        return f"{type(error).__name__}: {error}"
-    return None
-
-
-def snapshot(networks: Mapping[str, nn.Module], ema: Ema, learners: Mapping[str, Learner]) -> dict[str, Tensor]:
+def snapshot(networks: Networks, ema: Ema, learners: Mapping[str, Learner]) -> dict[str, Tensor]:
     """Name -> tensor; the tensors are the live ones, not copies."""
     tensors = {f"networks.{name}.{key}": v for name, net in networks.items() for key, v in net.state_dict().items()}
     tensors |= {f"ema.{name}": value for name, value in ema.tensors().items()}
-    for name, learner in learners.items():
-        tensors |= {f"learners.{name}.{key}": value for key, value in learner.state().items()}
-    return tensors
+    return tensors | {f"learners.{n}.{key}": value for n, one in learners.items() for key, value in one.state().items()}
 
 
 @torch.no_grad()
-def restore(
-    tensors: Mapping[str, Tensor], networks: Mapping[str, nn.Module], ema: Ema, learners: Mapping[str, Learner]
-) -> None:
+def restore(tensors: Mapping[str, Tensor], networks: Networks, ema: Ema, learners: Mapping[str, Learner]) -> None:
     """Undo `snapshot`: fill the live tensors, strictly. UserError naming what is missing or left over."""
     for name, learner in learners.items():
         prefix = f"learners.{name}."
         learner.fill({key.removeprefix(prefix): v for key, v in tensors.items() if key.startswith(prefix)})
     live = snapshot(networks, ema, learners)
-    if live.keys() != tensors.keys():
-        differing = ", ".join(sorted(live.keys() ^ tensors.keys())[:4])
+    if differing := ", ".join(sorted(live.keys() ^ tensors.keys())[:4]):
         raise UserError(
             f"the checkpoint does not fit the networks of this program: {differing}. Take another --run folder"
         )

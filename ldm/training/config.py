@@ -67,10 +67,10 @@ class RunConfig:
     """One step is one optimiser update over `batch_size` samples, whatever the number of processes.
 
     `*_every` are in steps, 0 for the end only; keep: checkpoints that stay, besides those at multiples of keep_every (0
-    for none); validate_on: held-back images; recompute: gradient checkpointing, less memory for more time; max_skipped:
-    steps in a row that may be left out because something is not finite, before the run stops; timeout: seconds that
-    processes wait for each other; trackers: of accelerate. precision: fp32 is fp32, tf32 lets a GPU's matrices be less
-    exact; auto is bf16 where a GPU has it, else tf32. shard: split what stays between steps among the processes (FSDP).
+    for none); validate_on: held-back images; recompute: gradient checkpointing; max_skipped: steps in a row that may be
+    left out because something is not finite; timeout: seconds that processes wait for each other; trackers: of
+    accelerate. precision: fp32 is fp32, tf32 lets a GPU's matrices be less exact; auto is bf16 where a GPU has it, else
+    tf32. shard: split what stays between steps among the processes (FSDP).
     """
 
     steps: int
@@ -191,13 +191,12 @@ class Samples:
 class LdmRun:
     """scripts/train_ldm.py.
 
-    weights: a whole model of any layout to start from, Stable Diffusion's folder or file, say; empty for fresh weights.
-    Its UNet, text tower, autoencoder, prediction, schedule and defaults are then those of the run where the config
-    leaves them at what they are here. autoencoder: a file with another one, or `embedded` for the one in the package,
-    which also serves where nothing is said. text.weights: a file with another tower.
-    freeze: names of parameters that stay as they are, such as `[down.*, text.*]`. cache: a folder for latents that are
-    encoded once and then reused, or `beside` for one beside the shards; empty: encode every batch. defaults: how
-    pictures are sampled, also by whoever uses the model without saying how.
+    weights: a whole model of any layout to start from, whose UNet, text tower, autoencoder, prediction, schedule and
+    defaults are then the run's where the config leaves them at what they are here; empty for fresh weights.
+    autoencoder: a file with another one, or `embedded` for the package's, which also serves where nothing is said.
+    text.weights: a file with another tower. freeze: names of parameters that stay as they are, such as `[down.*,
+    text.*]`. cache: a folder for latents that are encoded once, or `beside` for one beside the shards; empty: encode
+    every batch. defaults: how pictures are sampled, also by whoever uses the model without saying how.
     """
 
     run: RunConfig
@@ -214,6 +213,13 @@ class LdmRun:
     cache: str = ""
     samples: Samples = Samples()
     defaults: SamplingDefaults = SamplingDefaults()
+
+
+@dataclass(frozen=True)
+class TunedRun(LdmRun):
+    """train_ldm's settings, of which `weights` names the model that is fine-tuned."""
+
+    weights: str = "embedded"
 
 
 @dataclass(frozen=True)
@@ -236,21 +242,16 @@ class LoraConfig:
 
 
 @dataclass(frozen=True)
-class LoraRun(LdmRun):
-    """scripts/train_lora.py: train_ldm's settings, of which `weights` names the model, and the adapters'."""
+class LoraRun(TunedRun):
+    """scripts/train_lora.py."""
 
-    weights: str = "embedded"
     lora: LoraConfig = LoraConfig()
 
 
 @dataclass(frozen=True)
-class ControlRun(LdmRun):
-    """scripts/train_controlnet.py: train_ldm's settings, of which `weights` names the model.
+class ControlRun(TunedRun):
+    """scripts/train_controlnet.py. hint: what is drawn of each picture; none: the picture itself."""
 
-    hint: what is drawn of each picture: canny, soft_edges, lineart, or none, the picture itself.
-    """
-
-    weights: str = "embedded"
     hint: Literal["canny", "soft_edges", "lineart", "none"] = "canny"
 
 
@@ -269,10 +270,9 @@ class InversionConfig:
 
 
 @dataclass(frozen=True)
-class InversionRun(LdmRun):
-    """scripts/train_inversion.py: train_ldm's settings, of which `weights` names the model, and the new word's."""
+class InversionRun(TunedRun):
+    """scripts/train_inversion.py."""
 
-    weights: str = "embedded"
     inversion: InversionConfig = InversionConfig()
 
 
@@ -295,13 +295,9 @@ class DistilConfig:
 
 
 @dataclass(frozen=True)
-class DistilRun(LdmRun):
-    """scripts/train_distil.py: train_ldm's settings, of which `weights` names the teacher, where the student begins.
+class DistilRun(TunedRun):
+    """scripts/train_distil.py: the student begins as the teacher. lora: adapters learn in place of the whole UNet."""
 
-    lora: let adapters learn it in place of the whole UNet (an LCM-LoRA).
-    """
-
-    weights: str = "embedded"
     loss: DenoisingLoss = DenoisingLoss(caption_dropout=0.0)
     distil: DistilConfig = DistilConfig()
     lora: LoraConfig | None = None

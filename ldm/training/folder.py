@@ -16,9 +16,9 @@ from ldm.training import checkpoint
 
 # What may change between two starts of one run: it moves no weight, save `steps`, which says how far to go.
 FREE = (
-    *(f"run.{name}" for name in ("steps", "keep", "keep_every", "log_every", "max_skipped", "timeout", "trackers")),
-    *(f"run.{name}_every" for name in ("checkpoint", "export", "sample", "validate")),
-    *("run.validate_on", "run.shard", "samples", "defaults", "statistics", "data.workers"),
+    *(f"run.{name}." for name in ("steps", "keep", "keep_every", "log_every", "max_skipped", "timeout", "trackers")),
+    *(f"run.{name}_every." for name in ("checkpoint", "export", "sample", "validate")),
+    *("run.validate_on.", "run.shard.", "samples.", "defaults.", "statistics.", "data.workers."),
 )
 
 
@@ -101,18 +101,15 @@ def check_same(settings: Any, before: dict[str, Any], path: Path) -> None:
     with suppress(UserError):  # of another kind, or of a program with other fields: they are named below
         before = config.to_dict(config.from_dict(type(settings), before))  # fields that are newer than the run
     old, new = _flat(before), _flat(config.to_dict(settings))
-    differing = sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name) and not _free(name))
+    changed = sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
+    differing = [name for name in changed if not f"{name}.".startswith(FREE)]
     if differing:
         changes = ", ".join(f"{name} (was {old.get(name)!r}, now {new.get(name)!r})" for name in differing[:5])
         changes += f" and {len(differing) - 5} more" if len(differing) > 5 else ""
         raise UserError(f"the run in {str(path)!r} was started otherwise: {changes}. Undo this, or take another --run")
 
 
-def _free(name: str) -> bool:
-    return any(name == free or name.startswith(free + ".") for free in FREE)
-
-
 def _flat(data: Any, where: str = "") -> dict[str, Any]:
     if not isinstance(data, dict):
-        return {where: data}
-    return {k: v for name, value in data.items() for k, v in _flat(value, f"{where}.{name}" if where else name).items()}
+        return {where[:-1]: data}
+    return {k: v for name, value in data.items() for k, v in _flat(value, f"{where}{name}.").items()}

@@ -15,11 +15,7 @@ KINDS = ("input", "loss", "gradient")
 
 
 class Guard:
-    """Decides on the device which steps are left out; after `limit` of them in a row nothing may move any more.
-
-    The device is asked only in `check`, since asking a GPU makes it wait: a bad step may be said some steps later, but
-    it has moved nothing.
-    """
+    """Decides on the device which steps are left out, and says so in `check`, since asking a GPU makes it wait."""
 
     def __init__(self, device: torch.device, limit: int) -> None:
         self.limit, self.skipped = limit, 0
@@ -29,7 +25,6 @@ class Guard:
         self._unread: list[tuple[int, Tensor]] = []
 
     def look(self, batch: dict[str, Any]) -> None:
-        """Note the numbers of a part of the batch."""
         self._inputs += [v for v in batch.values() if isinstance(v, Tensor) and v.is_floating_point()]
 
     def see(self, step: int, losses: Sequence[Tensor], norms: Sequence[Tensor]) -> Tensor:
@@ -44,7 +39,7 @@ class Guard:
         return skip.float()
 
     def check(self, dataset: Dataset, batch_size: int, say: Callable[[str], None], saved: Path) -> None:
-        """Say which steps since the last check were left out, why, and the keys of their batches.
+        """Say which steps were left out since the last check, why, and the keys of their batches.
 
         UserError where they were too many in a row; `saved` is the folder of the checkpoints.
         """

@@ -8,10 +8,7 @@ from ldm.shapes import Image
 
 
 class HeldBack:
-    """At most `count` pictures, spread evenly over `config.validation`, or over the training shards where it is empty.
-
-    `name` says in the log which of the two they are: `validation` or `seen`.
-    """
+    """At most `count` pictures, spread evenly over `config.validation`, or the training shards where it is empty."""
 
     def __init__(self, config: DataConfig, count: int, tokenize: Tokenize | None = None) -> None:
         self.name = "validation" if config.validation else "seen"

@@ -1,7 +1,7 @@
 """Noise levels drawn as often as their losses vary (Nichol & Dhariwal 2021, Sec. 3.3).
 
-The unit interval that noise levels are drawn from (`Schedule.quantile`) is cut into bins, each drawn in proportion to
-the root of its mean squared loss; dividing a loss by its density keeps the expectation what it was.
+Bins of the unit interval (`Schedule.quantile`) are drawn in proportion to the root of their mean squared loss; dividing
+a loss by its density keeps the expectation what it was.
 """
 
 import torch
@@ -24,9 +24,8 @@ class Importance(nn.Module):
     def __init__(self, bins: int = 100) -> None:
         super().__init__()
         self.step = -1
-        self.register_buffer("square", torch.zeros(bins, dtype=torch.float64))
-        self.register_buffer("seen", torch.zeros(bins, dtype=torch.float64))
-        self.register_buffer("pending", torch.zeros(2, bins, dtype=torch.float64))
+        for name, shape in (("square", (bins,)), ("seen", (bins,)), ("pending", (2, bins))):
+            self.register_buffer(name, torch.zeros(shape, dtype=torch.float64))
 
     def draw(self, u: Tensor, step: int) -> tuple[Tensor, Tensor]:
         """Even numbers in (0, 1) as numbers of the density learned before `step`, and that density at them."""
@@ -40,7 +39,6 @@ class Importance(nn.Module):
         return ((bin + inside) / len(shares)).to(u.dtype), (shares[bin] * len(shares)).to(u.dtype)
 
     def shares(self) -> Tensor:
-        """The share of draws that each bin gets."""
         even = torch.full_like(self.square, 1 / len(self.square))
         root = self.square.sqrt()
         learned = (1 - FLOOR) * root / root.sum().clamp(min=1e-30) + FLOOR * even
@@ -49,9 +47,8 @@ class Importance(nn.Module):
     @torch.no_grad()
     def see(self, u: Tensor, losses: Tensor) -> None:
         """Note the losses of samples at `u`, of all processes; those that are not finite do not count."""
-        bins = len(self.square)
+        bins, good = len(self.square), losses.isfinite()
         member = F.one_hot((u.double() * bins).long().clamp(max=bins - 1), bins).double()
-        good = losses.isfinite()
         squares = torch.where(good, losses, 0).double() ** 2
         self.pending += summed(torch.stack([squares, good.double()]) @ member)
 

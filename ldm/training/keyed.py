@@ -1,7 +1,6 @@
-"""Random numbers that are a pure function of (seed, stream, position of the sample, element).
+"""Random numbers that are a pure function of (seed, stream, position of the sample, element), on any device.
 
-A training sample draws the same noise in whatever batch, process or device it lands, and nothing has to be saved to go
-on. The numbers come from SplitMix64 (Steele et al. 2014, doi:10.1145/2660193.2660195) in int64 arithmetic, which wraps.
+By SplitMix64 (Steele et al. 2014, doi:10.1145/2660193.2660195) in int64 arithmetic, which wraps.
 """
 
 import hashlib

@@ -17,10 +17,7 @@ Losses = dict[str, Tensor]  # "loss", which is minimised, and other scalars for 
 
 
 class Objective(NamedTuple):
-    """What one optimiser minimises: the networks it moves, by name, their loss, and the first step at which it acts.
-
-    The objectives of a task see each batch in turn, before any of them moves.
-    """
+    """What one optimiser minimises: the networks it moves, by name, their loss, and the first step at which it acts."""
 
     name: str
     networks: Mapping[str, nn.Module]
@@ -33,8 +30,7 @@ class Loss(nn.Module):
 
     def __init__(self, objective: Objective) -> None:
         super().__init__()
-        self.networks = nn.ModuleDict(objective.networks)
-        self.function = objective.loss
+        self.networks, self.function = nn.ModuleDict(objective.networks), objective.loss
 
     def forward(self, batch: Batch) -> Losses:
         return self.function(batch)
@@ -45,16 +41,17 @@ SCALE, STREAK = "scale", "streak"
 
 
 class Learner:
-    """An objective with its optimiser. main: its values stand in the log under plain names; split: see `sharding`.
+    """An objective with its optimiser. main: its values stand in the log under plain names. split: see `sharding`.
 
     In fp16 the loss is multiplied by a scale that halves whenever a gradient overflows, which leaves that step out
-    (Micikevicius et al. 2018); this is no fault, so that nobody is told.
+    untold (Micikevicius et al. 2018).
     """
 
     def __init__(
         self, objective: Objective, config: OptimConfig, accelerator: Accelerator, *, main: bool, split: bool = False
     ) -> None:
-        self.objective, self.config, self.accelerator, self.main = objective, config, accelerator, main
+        self.objective, self.config, self.accelerator = objective, config, accelerator
+        self.prefix = "" if main else f"{objective.name}_"  # of its values in the log
         self.split, module = split, Loss(objective)
         if split:
             module = shard(module.to(accelerator.device), accelerator.device, accelerator.num_processes)
@@ -75,24 +72,21 @@ class Learner:
             losses = self.module(batch)
             (losses["loss"] * self.scaler.get(SCALE, 1) / parts).backward()
         self.loss = self.loss + losses["loss"].detach()
-        return {self.tag(name): value.detach() for name, value in losses.items()}
-
-    def tag(self, name: str) -> str:
-        return name if self.main else f"{self.objective.name}_{name}"
+        return {self.prefix + name: value.detach() for name, value in losses.items()}
 
     def clip(self) -> Tensor:
-        """The norm of the gradients, 0 where they overflowed; `step` scales them to one of at most `config.clip`."""
-        scale = self.scaler.get(SCALE, torch.ones_like(self.loss))
+        """The norm of the gradients, 0 where their scale was too much; `step` brings it to at most `config.clip`."""
+        scale = self.scaler.get(SCALE, torch.ones_like(self.loss)).clone()
         norm = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
         norm = whole(norm).float() / scale
-        self.divisor = scale * (norm / self.config.clip).clamp(min=1) if self.config.clip else scale.clone()
+        self.divisor = scale * (norm / self.config.clip).clamp(min=1) if self.config.clip else scale
         if not self.scaler:
             return norm
         self.overflow = (~norm.isfinite()).float()
         streak = torch.where(self.overflow > 0, 0, self.scaler[STREAK] + 1)
         self.scaler[SCALE].mul_(1 - 0.5 * self.overflow).mul_(1 + (streak == GROWTH).float())
         self.scaler[STREAK].copy_(streak % GROWTH)
-        return torch.where(self.overflow > 0, 0, norm)
+        return torch.where((self.overflow > 0) & (scale > 1), 0, norm)  # below 1 it is no fault of the scale
 
     def step(self, lr: float, skip: Tensor) -> None:
         """Move the parameters by their gradients, unless `skip` is 1."""

@@ -1,12 +1,11 @@
 """The training loop, read from top to bottom: one step is one optimiser update, on any number of processes.
 
-Nothing random lives here. Data, noise and every other choice of a sample follow from the seed and its position in the
-stream, so what a checkpoint needs besides tensors is one number, the step.
+Nothing random lives here: all that is drawn follows from the seed and a sample's position in the stream.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -18,13 +17,13 @@ from ldm.data.dataset import Dataset, loader
 from ldm.errors import UserError
 from ldm.shapes import Image
 from ldm.training import checkpoint
-from ldm.training.checkpoint import Writer, restore, snapshot
+from ldm.training.checkpoint import Writer
 from ldm.training.config import LdmRun, VaeRun
 from ldm.training.ema import Ema
 from ldm.training.folder import RunFolder, check_same
 from ldm.training.guard import Guard
 from ldm.training.learner import Learner, Losses, Objective
-from ldm.training.meter import Clock, Meter, memory, scalars
+from ldm.training.meter import Clock, Meter, memory
 from ldm.training.optim import rate
 from ldm.training.processes import Processes
 from ldm.training.progress import Bar, facts
@@ -50,8 +49,6 @@ class Task(Protocol):
 
 @dataclass(frozen=True)
 class Outcome:
-    """Where a run ended: at its last step, or after a signal."""
-
     step: int
     signal: int = 0
 
@@ -63,8 +60,7 @@ class Outcome:
 def train(task: Task, config: VaeRun | LdmRun, path: Path) -> Outcome:
     """Train to the last step, from the newest checkpoint in `path` if there is one.
 
-    UserError where the folder belongs to another run, the disk is full, too many steps in a row are not finite, or
-    another process of the run is gone, or the machines share no folder.
+    UserError where the folder is another run's, the disk full, too many steps not finite, or a process gone.
     """
     run, optim = config.run, config.optim
     folder = RunFolder(path)
@@ -77,18 +73,16 @@ def train(task: Task, config: VaeRun | LdmRun, path: Path) -> Outcome:
         with processes.main_first():
             claim = folder.claim() if main else folder.claimed()
         if len(set(processes.extremes(claim))) > 1:
-            raise UserError(
-                f"the machines see different folders {str(path)!r}: --run is to be on a disk that all share"
-            )
+            raise UserError(f"the machines see different folders {str(path)!r}: --run is to be on a disk all share")
         with processes.main_first():  # what it may prepare on disk is then there for the others
             task.to(device)
         for network in task.networks.values():
             layout = torch.channels_last if run.channels_last else torch.preserve_format
             network.to(memory_format=layout)  # type: ignore[call-overload]
-        objectives, split = task.objectives(), run.shard and processes.count > 1
+        split = run.shard and processes.count > 1
         learners = [
             Learner(objective, optim, accelerator, main=not i, split=split and not i)
-            for i, objective in enumerate(objectives)
+            for i, objective in enumerate(task.objectives())
         ]
         by_name = {learner.objective.name: learner for learner in learners}
         averaged = nn.ModuleDict({name: task.networks[name] for name in task.averaged})
@@ -104,7 +98,7 @@ def train(task: Task, config: VaeRun | LdmRun, path: Path) -> Outcome:
             if found:
                 saved_in, (tensors, state) = found
                 check_same(config, state["config"], path)
-                restore(tensors, task.networks, ema, by_name)
+                checkpoint.restore(tensors, task.networks, ema, by_name)
                 if "guard" in state:  # older ones keep their means in another form: these begin anew
                     meter.restore(state["meter"], processes.rank, processes.count)
                     guard.restore(state["guard"])
@@ -115,7 +109,6 @@ def train(task: Task, config: VaeRun | LdmRun, path: Path) -> Outcome:
             return done == run.steps or (every > 0 and done % every == 0)
 
         def check() -> None:
-            """Whatever went wrong since, on the device or in the thread that writes."""
             writer.check()
             guard.check(task.dataset, run.batch_size, bar.say, folder.checkpoints)
 
@@ -129,33 +122,23 @@ def train(task: Task, config: VaeRun | LdmRun, path: Path) -> Outcome:
                 processes.wait()  # for the main one's disk, however slow it is
                 if not main and not split:
                     return
-                saved = copied(snapshot(task.networks, ema, by_name), keep=main), state
-            step = done
+                saved = copied(checkpoint.snapshot(task.networks, ema, by_name), keep=main), state
             if main:
-                writer.start(lambda: folder.write_checkpoint(step, saved, run.keep, run.keep_every))
+                writer.start(partial(folder.write_checkpoint, done, saved, run.keep, run.keep_every))
 
-        @contextmanager
-        def evaluating() -> Iterator[None]:
-            """With the averaged weights, and not compiled once more for other shapes and without gradients."""
+        def evaluate(*, lost: bool = False) -> dict[str, float]:
+            """With the averaged weights, not compiled once more for other shapes. lost: only write the model again."""
+            report: dict[str, float] = {}
             averages = holding(averaged, dict(zip(ema.names, ema.shadows[0], strict=True)))
             with torch.no_grad(), averages, accelerator.autocast(), torch.compiler.set_stance("force_eager"):
-                yield
-            processes.wait()
-
-        def export() -> None:
-            if main:
-                provenance = {"config": configs.to_dict(config), "steps": done, "images": done * run.batch_size}
-                task.export(folder.model, provenance)
-
-        def evaluate() -> dict[str, float]:
-            report: dict[str, float] = {}
-            with evaluating():
-                if main and due(run.validate_every):
+                if main and not lost and due(run.validate_every):
                     report = task.validate()
-                if main and due(run.sample_every):
+                if main and not lost and due(run.sample_every):
                     folder.write_sample(done, *task.sample())
-                if due(run.export_every):
-                    export()
+                if main and (lost or due(run.export_every)):
+                    provenance = {"config": configs.to_dict(config), "steps": done, "images": done * run.batch_size}
+                    task.export(folder.model, provenance)
+            processes.wait()
             return report
 
         done = resume()
@@ -163,18 +146,13 @@ def train(task: Task, config: VaeRun | LdmRun, path: Path) -> Outcome:
             folder.write_config(config)
             folder.start_log(done)
         accelerator.init_trackers("tensorboard")
+        size = run.batch_size
         batches = loader(
-            task.dataset,
-            run.batch_size // optim.accumulate,
-            start=done * run.batch_size,
-            stop=run.steps * run.batch_size,
-            rank=processes.rank,
-            world=processes.count,
-            workers=config.data.workers,
-        )
+            task.dataset, size // optim.accumulate, start=done * size, stop=run.steps * size,
+            rank=processes.rank, world=processes.count, workers=config.data.workers,
+        )  # fmt: skip
         if done >= run.steps and processes.extremes(folder.exported() != done)[1]:
-            with evaluating():
-                export()
+            evaluate(lost=True)
         if about := getattr(task.dataset, "about", None):
             bar.say(about())
         number = 0
@@ -197,7 +175,9 @@ def train(task: Task, config: VaeRun | LdmRun, path: Path) -> Outcome:
             ema.update(done, 1 - torch.maximum(skip, learners[0].overflow))
             for values in losses:
                 meter.add(values, 1 / optim.accumulate, skip)
-            meter.add({learner.tag("grad_norm"): norm for learner, norm in zip(active, norms, strict=True)}, 1, skip)
+            meter.add(
+                {f"{learner.prefix}grad_norm": norm for learner, norm in zip(active, norms, strict=True)}, 1, skip
+            )
             clock.images += run.batch_size
             done += 1
             bar.step()
@@ -218,7 +198,7 @@ def train(task: Task, config: VaeRun | LdmRun, path: Path) -> Outcome:
                     record |= evaluate()
                 if main and record:
                     folder.write_log({"step": done, "images": done * run.batch_size} | record)
-                    accelerator.log(scalars(record), step=done)
+                    accelerator.log({n: v for n, v in record.items() if isinstance(v, int | float)}, step=done)
                 if due(run.checkpoint_every):
                     save()
             number = processes.extremes(interrupted() if done < run.steps else 0)[1]  # all stop, or none

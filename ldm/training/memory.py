@@ -1,9 +1,7 @@
-"""The memory of a training step, known before it starts: the step is run on tensors without data, and counted.
-
-Sizes do not depend on values, so a pass under torch's FakeTensorMode allocates what the real one would, in name only.
-"""
+"""The memory of a training step: how to need less, and before it starts, how much, by tensors without data."""
 
 import copy
+import functools
 import os
 import sys
 import weakref
@@ -16,8 +14,10 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
 
 from ldm.errors import UserError
+from ldm.models import autoencoder, layers, unet
 from ldm.training.config import LdmRun, VaeRun
 from ldm.training.processes import launched, precision
 
@@ -70,6 +70,7 @@ class Counter(TorchDispatchMode):
         self.live -= size
 
 
+BLOCKS = (unet.Block, layers.Middle, autoencoder.Stage)
 # Bytes of an optimiser's state for a byte of its parameters.
 STATE = {"adamw": 2.0, "adamw8bit": 0.5, "prodigy": 4.0, "adafactor": 0.01, "muon": 1.0}
 
@@ -86,21 +87,25 @@ def predict(task: Any, config: VaeRun | LdmRun, processes: int = 1, device: torc
     with FakeTensorMode(allow_non_fake_inputs=True), torch.compiler.set_stance("force_eager"):
         double, tensors = _double(task, device)
         double.hint = "none"  # of the size of any, and drawn by no library that wants to see the picture
-        batch: dict[str, Any] = {"step": 10**9} | {name: _grown(value, share, device) for name, value in sample.items()}
+        batch: dict[str, Any] = {"step": 10**9}
+        for name, value in sample.items():
+            many = isinstance(value, Tensor)
+            batch[name] = value.new_empty(share, *value.shape[1:], device=device) if many else value * share
         if isinstance(config, LdmRun) and config.cache:
             with Counter(tensors), torch.no_grad():
                 shape = double.latent(batch).shape
             batch |= {name: torch.empty(shape, dtype=torch.float16, device=device) for name in ("mean", "std")}
             del batch["image"]
-        counter, gradients = Counter(tensors), list[Tensor | None]()
+        objectives, gradients = double.objectives(), list[Tensor | None]()
+        moved = [_trained(objective.networks.values()) for objective in objectives]
+        counter = Counter(tensors)
         with counter, torch.autocast(device.type, dtype or torch.bfloat16, enabled=dtype is not None):
-            for objective in double.objectives():
+            for objective, parameters in zip(objectives, moved, strict=True):
                 loss = objective.loss(batch)["loss"]
-                gradients += torch.autograd.grad(loss, _trained(objective.networks.values()), allow_unused=True)
+                gradients += torch.autograd.grad(loss, parameters, allow_unused=True)
                 del loss
-        trained = _bytes(_trained(double.networks.values()))
+        trained, split = sum(map(_bytes, moved)), _bytes(moved[0]) if config.run.shard else 0
         averaged = _bytes(_trained(double.networks[name] for name in double.averaged))
-        split = _bytes(_trained(double.objectives()[0].networks.values())) if config.run.shard else 0
     away = split - split // processes  # what others keep
     copies = (config.optim.accumulate > 1) + (processes > 1)  # gradients that wait for more, or to be sent
     return Memory(
@@ -110,6 +115,16 @@ def predict(task: Any, config: VaeRun | LdmRun, processes: int = 1, device: torc
         optimizer=int((trained - away) * STATE[config.optim.kind]),
         step=counter.peak + copies * trained,
     )
+
+
+def recompute(network: nn.Module) -> None:
+    """Keep what goes into each block of a network, and compute the inside once more for the gradient: less memory for
+    one more forward pass (Chen et al. 2016, arXiv:1604.06174).
+    """
+    for block in network.modules():
+        if isinstance(block, BLOCKS):
+            again = functools.partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
+            block.forward = again  # type: ignore[method-assign]
 
 
 def announce(task: Any, config: VaeRun | LdmRun) -> None:
@@ -129,7 +144,7 @@ def free(device: torch.device) -> int:
     """Bytes that are free on a GPU, or in the machine."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    lines = Path("/proc/meminfo").read_text().splitlines() if Path("/proc/meminfo").exists() else []
+    lines = file.read_text().splitlines() if (file := Path("/proc/meminfo")).exists() else []
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")), sys.maxsize)
 
 
@@ -152,18 +167,12 @@ def _double(task: Any, device: torch.device) -> tuple[Any, list[Tensor]]:
     return double, fakes
 
 
-def _grown(value: Any, count: int, device: torch.device) -> Any:
-    if isinstance(value, Tensor):
-        return torch.empty(count, *value.shape[1:], dtype=value.dtype, device=device)
-    return value * count
-
-
 def _trained(networks: Iterable[nn.Module]) -> list[Tensor]:
     return [p for network in networks for p in network.parameters() if p.requires_grad]
 
 
-def _bytes(tensors: list[Tensor]) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in tensors)
 
 
 def size(count: float) -> str:

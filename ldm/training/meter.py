@@ -79,10 +79,4 @@ class Clock:
 
 
 def memory(device: torch.device) -> dict[str, float]:
-    """The most memory that tensors took so far on a GPU."""
     return {"gpu_gb": round(torch.cuda.max_memory_allocated(device) / 1e9, 3)} if device.type == "cuda" else {}
-
-
-def scalars(record: Mapping[str, Any]) -> dict[str, float]:
-    """What trackers can draw of a line of the log."""
-    return {name: value for name, value in record.items() if isinstance(value, (int, float))}

@@ -13,51 +13,47 @@ QUIET_SECONDS = 10.0  # between two lines where there is no terminal
 
 
 class Bar:
-    """`with Bar(steps) as bar: bar.step(); bar.show("loss 0.1")`, on stderr.
-
-    shown: False in all processes but one.
-    """
+    """`with Bar(steps) as bar: bar.step(); bar.show("loss 0.1")`, on stderr; in all processes but one not shown."""
 
     def __init__(self, steps: int, *, shown: bool = True) -> None:
-        self.steps, self.start, self.done, self.shown = steps, 0, 0, shown
+        self.steps, self.done, self.shown = steps, 0, shown
         self._console = Console(stderr=True)
-        self._began, self._last = time.monotonic(), -QUIET_SECONDS
+        self._live = shown and self._console.is_terminal
+        self._start, self._began, self._last = 0, time.monotonic(), -QUIET_SECONDS
         columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[facts]}"), TimeRemainingColumn())
-        self._progress = Progress(*columns, console=self._console) if shown and self._console.is_terminal else None
+        self._progress = Progress(*columns, console=self._console, disable=not self._live)
+        self._task = self._progress.add_task("", total=steps, facts="")
 
     def __enter__(self) -> "Bar":
-        if self._progress:
-            self._task = self._progress.add_task("", total=self.steps, facts="")
-            self._progress.start()
+        self._progress.start()
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if self._progress:
-            self._progress.stop()
+        self._progress.stop()
 
     def begin(self, done: int) -> None:
         """The first step to come is number `done`."""
-        self.start, self.done, self._began = done, done, time.monotonic()
-        if self._progress:
-            self._progress.update(self._task, completed=done)
+        self.step(done)
+        self._start, self._began = done, time.monotonic()
 
     def step(self, count: int = 1) -> None:
         self.done += count
-        if self._progress:
-            self._progress.advance(self._task, count)
+        self._progress.advance(self._task, count)
+
+    def reach(self, done: int, facts: str) -> None:
+        self.step(done - self.done)
+        self.show(facts)
 
     def show(self, facts: str) -> None:
         """Say how it goes, such as "loss 0.12  300 images/s"."""
-        if self._progress:
-            self._progress.update(self._task, facts=facts)
-        elif self.shown and (time.monotonic() - self._last >= QUIET_SECONDS or self.done == self.steps):
+        self._progress.update(self._task, facts=facts)
+        if not self._live and (time.monotonic() - self._last >= QUIET_SECONDS or self.done == self.steps):
             self._last = time.monotonic()
-            left = (self._last - self._began) / max(self.done - self.start, 1) * (self.steps - self.done)
+            left = (self._last - self._began) / max(self.done - self._start, 1) * (self.steps - self.done)
             self.say(f"step {self.done}/{self.steps}  {facts}  {left:.0f} s left")
 
     def say(self, line: str) -> None:
-        """One line that stays."""
-        if self._progress:
+        if self._live:
             self._console.print(line, markup=False, highlight=False)
         elif self.shown:
             sys.stderr.write(line + "\n")

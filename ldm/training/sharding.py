@@ -1,7 +1,6 @@
 """FSDP: each process keeps its share of the weights, of their average and of the optimiser's memory.
 
-A learner is one unit (torch's `fully_shard`): its weights are gathered whole for a step and let go after it, and the
-gradients are summed into shares. So a process needs 1/n of what stays, and all of what a step takes.
+A learner is one unit (torch's `fully_shard`): whole for a step and let go after it, its gradients summed into shares.
 """
 
 from collections.abc import Iterator, Mapping

@@ -186,6 +186,16 @@ def test_a_scaled_loss_takes_the_same_steps_and_leaves_out_those_that_overflow()
     assert scaled.state()["scale"] == 2**15
 
 
+def test_a_gradient_that_overflows_under_any_scale_is_the_watchs_business():
+    one, norms = learner("adamw", "fp16"), []
+    for _ in range(20):
+        one.backward({"step": 1.0}, 1, last=True)
+        one.parameters[0].grad[0, 0] = math.inf
+        norms.append(one.clip().item())
+        one.step(0.1, torch.zeros(()))
+    assert norms == [0.0] * 16 + [math.inf] * 4
+
+
 def test_found_inf_leaves_everything_as_it_is():
     net = nn.Linear(3, 2)
     optimizer = make_optimizer(dict(net.named_parameters()), OptimConfig(lr=0.1))

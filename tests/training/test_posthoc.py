@@ -12,8 +12,7 @@ from torch import nn
 from ldm.checkpoints import native
 from ldm.errors import UserError
 from ldm.training.config import EmaConfig
-from ldm.training.ema import Ema
-from ldm.training.posthoc import coefficients, exponent, inner, reconstruct
+from ldm.training.ema import Ema, coefficients, exponent, inner, reconstruct
 
 ROOT = Path(__file__).parents[2]
 STEPS = 200

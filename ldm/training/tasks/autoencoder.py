@@ -1,9 +1,6 @@
-"""Training an autoencoder: fidelity, LPIPS, KL, and a patch discriminator with the adaptive weight of VQGAN.
+"""Training an autoencoder, after Esser et al. 2021 (arXiv:2012.09841) and Rombach et al. 2022, appendix G."""
 
-After Esser et al. 2021 (arXiv:2012.09841) and Rombach et al. 2022, appendix G.
-"""
-
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,8 +23,8 @@ from ldm.training import keyed
 from ldm.training.config import VaeRun
 from ldm.training.heldback import HeldBack
 from ldm.training.learner import Batch, Losses, Objective, summed
+from ldm.training.memory import recompute
 from ldm.training.optim import check_patterns, freeze
-from ldm.training.recompute import recompute
 
 SHOWN = 8  # pictures of a sample sheet
 
@@ -35,7 +32,7 @@ SHOWN = 8  # pictures of a sample sheet
 class AutoencoderTask:
     """Objectives: the autoencoder's, and the discriminator's unless its weight is 0.
 
-    UserError where the size does not fit the autoencoder, or LPIPS is wanted and its weights are not there.
+    UserError where parts do not fit, or LPIPS is wanted and its weights are not there.
     """
 
     averaged = ("autoencoder",)
@@ -51,9 +48,8 @@ class AutoencoderTask:
         if config.data.size % self.model.factor:
             raise UserError(f"data.size {config.data.size} is not a multiple of the model's factor {self.model.factor}")
         if self.loss.lpips and not self.loss.lpips_weights:
-            raise UserError(
-                "loss.lpips is on: give loss.lpips_weights a file (`make weights` makes it), or set loss.lpips 0"
-            )
+            remedy = "give loss.lpips_weights a file (`make weights` makes it), or set loss.lpips 0"
+            raise UserError(f"loss.lpips is on: {remedy}")
         self.dataset = open_dataset(config.data, batch=config.run.batch_size)
         self.held_back = HeldBack(config.data, config.run.validate_on)
         self.discriminator = PatchDiscriminator(config.discriminator)
@@ -64,16 +60,15 @@ class AutoencoderTask:
             self.networks["discriminator"] = self.discriminator
         freeze(self.networks, config.freeze)
         check_patterns(self.networks, config.optim.rates, "optim.rates")
-        if self.loss.adversarial and self.loss.adaptive and not self._last_layer.requires_grad:
-            raise UserError("loss.adaptive looks at decoder.conv_out.weight, which freeze names: set it to false")
+        decoder, self.balance = self.autoencoder.decoder, None
+        if self.loss.adversarial and self.loss.adaptive:
+            if not self._last_layer.requires_grad:
+                raise UserError("loss.adaptive looks at decoder.conv_out.weight, which freeze names: set it to false")
+            self.networks["balance"] = self.balance = Balance(self._last_layer)  # nothing to train, but to keep
         if config.run.compile:
             # the last layer stays outside: the adaptive weight asks for its gradient alone
-            decoder = self.autoencoder.decoder
             for part in (self.autoencoder.encoder, decoder.mid, *decoder.up):
                 part.compile()
-        self.balance = Balance(self._last_layer) if self.loss.adversarial and self.loss.adaptive else None
-        if self.balance is not None:
-            self.networks["balance"] = self.balance  # nothing to train, but to keep
         if config.run.recompute:
             recompute(self.autoencoder)
         self._reconstruction: Tensor
@@ -81,8 +76,7 @@ class AutoencoderTask:
 
     def to(self, device: torch.device) -> None:
         self.device = device
-        others = (self.teacher, self.discriminator, self.perceptual, self.balance, self.inception)
-        for module in (self.autoencoder, *others):
+        for module in (*self.networks.values(), self.teacher, self.perceptual, self.inception):
             if module is not None:
                 module.to(device)
 
@@ -91,13 +85,10 @@ class AutoencoderTask:
         return self.autoencoder.decoder.conv_out.weight
 
     def objectives(self) -> list[Objective]:
-        objectives = [Objective("autoencoder", {"autoencoder": self.autoencoder}, self.autoencoder_loss)]
+        losses = {"autoencoder": (self.autoencoder_loss, 0)}
         if self.loss.adversarial:
-            start = self.loss.adversarial_start
-            objectives.append(
-                Objective("discriminator", {"discriminator": self.discriminator}, self.discriminator_loss, start)
-            )
-        return objectives
+            losses["discriminator"] = (self.discriminator_loss, self.loss.adversarial_start)
+        return [Objective(name, {name: self.networks[name]}, *how) for name, how in losses.items()]
 
     def autoencoder_loss(self, batch: Batch) -> Losses:
         """The losses on pixels are differentiated at the pixels, once; the decoder then goes back along their sum."""
@@ -127,9 +118,8 @@ class AutoencoderTask:
             total = total + weight * terms["gan"]
         rest = self._latent_terms(posterior, image, terms) if taught is None else _likeness(posterior, taught, terms)
         backward = (reconstruction * direction).sum() + rest
-        return {
-            "loss": backward + (total + rest - backward).detach()
-        } | terms  # the value of one, the gradient of the other
+        # the value of one, the gradient of the other
+        return {"loss": backward + (total + rest - backward).detach()} | terms
 
     def _at_last_layer(self, reconstruction: Tensor, direction: Tensor) -> Tensor:
         """The gradient at the decoder's last layer of a loss that has this one at the pixels."""
@@ -175,8 +165,9 @@ class AutoencoderTask:
 
     def validate(self) -> dict[str, float]:
         """PSNR (dB), SSIM and, where their weights are given, LPIPS and rFID of held-back pictures."""
-        features = None if self.inception is None else self._features
-        report = reconstruction_report(self.autoencoder, self._held_back(), self.perceptual, features)
+        features, size = None if self.inception is None else self._features, self.config.run.batch_size
+        images = (self.held_back.images(start, start + size) for start in range(0, len(self.held_back), size))
+        report = reconstruction_report(self.autoencoder, images, self.perceptual, features)
         return {f"{self.held_back.name}_{name}": value for name, value in report.items()}
 
     def _features(self, pixels: UInt8[Tensor, "b 3 h w"]) -> Tensor:
@@ -187,12 +178,10 @@ class AutoencoderTask:
         return pool
 
     def sample(self) -> tuple[Image, int]:
-        """Held-back pictures above their reconstructions."""
         originals = self.held_back.images(0, SHOWN).to(self.device)
         return torch.cat([originals, self.autoencoder.decode(self.autoencoder.encode(originals).mode)]), len(originals)
 
     def export(self, path: Path, provenance: dict[str, Any]) -> None:
-        """Write the model with the statistics of its latents."""
         spec = native.ModelSpec(self.measured(), self.config.data.size, provenance=provenance)
         native.save(path, spec, {"autoencoder": self.autoencoder})
 
@@ -201,9 +190,8 @@ class AutoencoderTask:
 
         Those of a frozen encoder, or of a teacher, stay: models that were trained in its latents go on to fit.
         """
-        if self.teacher is not None:
-            return self.model
-        if normalised(self.model) and not any(p.requires_grad for p in self.autoencoder.encoder.parameters()):
+        frozen = normalised(self.model) and not any(p.requires_grad for p in self.autoencoder.encoder.parameters())
+        if frozen or self.teacher is not None:
             return self.model
         count, size = 0, self.config.run.batch_size
         sums = torch.zeros(2, self.model.z_channels, dtype=torch.float64, device=self.device)
@@ -216,20 +204,12 @@ class AutoencoderTask:
         mean, square = sums / count
         old_mean, old_std = (torch.tensor(v, device=self.device) for v in (self.model.mean, self.model.std))
         std = (square - mean**2).sqrt()
-        return replace(
-            self.model, mean=tuple((old_mean + old_std * mean).tolist()), std=tuple((old_std * std).tolist())
-        )
-
-    def _held_back(self) -> Iterator[Image]:
-        for start in range(0, len(self.held_back), self.config.run.batch_size):
-            yield self.held_back.images(start, start + self.config.run.batch_size)
+        new_mean, new_std = (tuple(v.tolist()) for v in (old_mean + old_std * mean, old_std * std))
+        return replace(self.model, mean=new_mean, std=new_std)
 
 
 class Balance(nn.Module):
-    """VQGAN's adaptive weight of the step before: the same in all parts of a batch and on all processes.
-
-    Buffers, so that checkpoints hold it. In the first step the weight is 0.
-    """
+    """VQGAN's adaptive weight of the step before, the same in all parts of a batch and processes; at first 0."""
 
     weight: Tensor
     pending: Tensor  # sums over the parts and processes of the step in hand, of both gradients
@@ -241,7 +221,6 @@ class Balance(nn.Module):
         self.register_buffer("pending", torch.zeros(2, *last_layer.shape))
 
     def at(self, step: int) -> Tensor:
-        """The weight of a step, a scalar without gradient."""
         if step != self.step:
             self.step = step
             self.weight.copy_(adaptive_weight(*self.pending))
@@ -264,15 +243,11 @@ def _likeness(posterior: Gaussian, taught: Gaussian, terms: Losses) -> Tensor:
 def _teacher(config: VaeRun) -> Autoencoder | None:
     if not config.teacher:
         return None
-    found = load_vae(Path(config.teacher))
-    model = config.model
-    if not isinstance(found, Autoencoder) or (found.config.z_channels, found.factor) != (
-        model.z_channels,
-        model.factor,
-    ):
+    found, shape = load_vae(Path(config.teacher)), (config.model.z_channels, config.model.factor)
+    if not isinstance(found, Autoencoder) or (found.config.z_channels, found.factor) != shape:
         raise UserError(
-            f"teacher {config.teacher!r} must be an autoencoder of {model.z_channels} channels and factor "
-            f"{model.factor}, as the model is"
+            f"teacher {config.teacher!r} must be an autoencoder of {shape[0]} channels and factor {shape[1]}, as the "
+            "model is"
         )
     return found.requires_grad_(False)
 

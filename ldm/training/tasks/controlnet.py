@@ -24,28 +24,22 @@ SHOWN = 4  # held-back pictures of a sample sheet
 
 
 class ControlTask(DenoisingTask):
-    """The denoising loss, moved by the ControlNet alone; the hint is drawn from each picture as it comes.
+    """The denoising loss, moved by the ControlNet alone. UserError where latents are cached: hints need pictures."""
 
-    UserError where latents are cached, which have no pictures to draw from.
-    """
+    config: ControlRun
 
     def __init__(self, config: ControlRun) -> None:
         if config.cache:
             raise UserError(f"cache {config.cache!r}: hints are drawn from the pictures themselves, leave it empty")
         super().__init__(config)
-        self.hint = config.hint
-        for network in (self.backbone, self.text):
-            network.requires_grad_(False)
-        self.trains_text = False
+
+    def trained(self) -> dict[str, nn.Module]:
+        self.freeze()
         halvings = int(math.log2(self.autoencoder.factor))
         widths = (WIDTHS + (WIDTHS[-1],) * halvings)[: halvings + 1]
         self.control = ControlNet(self.backbone.config, 3, widths, unet=self.backbone).requires_grad_(True)
-        self.networks = {"control": self.control}
-        self.averaged = ("control",)
-
-    def to(self, device: torch.device) -> None:
-        super().to(device)
-        self.control.to(device)
+        self.hint: str = self.config.hint
+        return {"control": self.control}
 
     def network(self, batch: Batch) -> nn.Module:
         return self._under(hints.draw(self.hint, to_image(batch["image"])))
@@ -54,11 +48,9 @@ class ControlTask(DenoisingTask):
         return Controlled(self.backbone, [Steering(self.control, hint.to(self.device))])
 
     def sample(self) -> tuple[Image, int]:
-        """Hints of held-back pictures above what is painted of their captions."""
         captions = self.held_back.batch["caption"][:SHOWN]
         drawn = hints.draw(self.hint, self.held_back.images(0, len(captions))).to(self.device)
-        cond, uncond = (self.encode_text(self.tokenize(t).to(self.device)) for t in (captions, [""] * len(captions)))
-        return torch.cat([drawn * 2 - 1, self.paint(self._under(drawn), cond, uncond)]), len(captions)
+        return torch.cat([drawn * 2 - 1, self.paint(self._under(drawn), captions)]), len(captions)
 
     def export(self, path: Path, provenance: dict[str, Any]) -> None:
         """Write the ControlNet as one file, and beside it diffusers' folder of it."""

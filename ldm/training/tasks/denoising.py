@@ -1,10 +1,11 @@
-"""Training a latent-diffusion model in the latents of a finished autoencoder: the UNet, with the text tower or not.
+"""Training a latent-diffusion model (Rombach et al. 2022) in the latents of a finished autoencoder.
 
-Rombach et al. 2022; classifier-free guidance by dropped captions after Ho & Salimans 2022.
+Classifier-free guidance by dropped captions after Ho & Salimans 2022.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,7 +14,7 @@ from jaxtyping import UInt8
 from torch import Tensor, nn
 
 from ldm.checkpoints import native
-from ldm.checkpoints.native import Model
+from ldm.checkpoints.native import Model, ModelSpec
 from ldm.conditioning import Conditioning
 from ldm.data.cache import Encoders, States, cached, kept_with
 from ldm.data.dataset import Dataset, open_dataset, to_image
@@ -37,19 +38,16 @@ from ldm.training.config import LdmRun
 from ldm.training.heldback import HeldBack
 from ldm.training.importance import Importance
 from ldm.training.learner import Batch, Losses, Objective
+from ldm.training.memory import recompute
 from ldm.training.meter import binned
 from ldm.training.optim import check_patterns, freeze
 from ldm.training.progress import Bar
-from ldm.training.recompute import recompute
 
 EMBEDDED = Path(__file__).parents[2] / "assets" / "embedded.safetensors"
 
 
 class DenoisingTask:
-    """One objective: the weighted squared error of the network's output at random noise levels.
-
-    UserError where the parts do not fit each other, or a file that a part comes from is not a model.
-    """
+    """One objective: the weighted squared error of the network's output. UserError where parts do not fit."""
 
     def __init__(self, config: LdmRun) -> None:
         weights = str(EMBEDDED) if config.weights == "embedded" else config.weights
@@ -64,10 +62,8 @@ class DenoisingTask:
         _check_fit(config, self.autoencoder.config)
         self.prediction, self.schedule = PREDICTIONS[config.prediction], make_schedule(config.schedule)
         self.weighting = find_weighting(config.loss.weighting, config.loss.gamma)
-        self.networks: dict[str, nn.Module] = {"backbone": self.backbone}
         self.trains_text = config.text.train
-        if self.trains_text:
-            self.networks["text"] = self.text
+        self.networks = self.trained()
         freeze(self.networks, config.freeze)
         check_patterns(self.networks, config.optim.rates, "optim.rates")
         self.averaged = tuple(self.networks)
@@ -80,16 +76,25 @@ class DenoisingTask:
         self._cached: Dataset | None = None
         self.held_back = HeldBack(config.data, config.run.validate_on, self.tokenize)
         if config.run.recompute:
-            recompute(self.backbone)
+            for network in {self.backbone, *self.networks.values()}:
+                recompute(network)
         if config.run.compile:
             self.backbone.compile()
             self.autoencoder.encoder.compile()
 
+    def freeze(self) -> None:
+        self.trains_text = False
+        for network in (self.backbone, self.text):
+            network.requires_grad_(False)
+
+    def trained(self) -> dict[str, nn.Module]:
+        """The networks that may move; `trains_text` is to be what becomes of the text tower."""
+        return {"backbone": self.backbone} | ({"text": self.text} if self.trains_text else {})
+
     def to(self, device: torch.device) -> None:
         self.device = device
-        for module in (self.autoencoder, self.backbone, self.text, self.importance):
-            if module is not None:
-                module.to(device)
+        for module in (self.autoencoder, self.backbone, self.text, *self.networks.values()):
+            module.to(device)
         self.empty = self.empty.to(device)
         if self.config.cache:
             self.dataset = self._cached = self._encoded(self.config.cache)
@@ -98,45 +103,37 @@ class DenoisingTask:
         return [Objective("denoiser", {name: self.networks[name] for name in self.averaged}, self.denoising_loss)]
 
     def denoising_loss(self, batch: Batch) -> Losses:
-        loss, position = self.config.loss, batch["position"]
-
-        def draw(stream: str, shape: tuple[int, ...]) -> Tensor:
-            return keyed.normal(self.seed, stream, position, shape)
-
-        x0 = self.latent(batch)
-        dropped = keyed.uniform(self.seed, "caption", position) < loss.caption_dropout
-        cond = self.conditions(batch, dropped)
+        loss, position, x0 = self.config.loss, batch["position"], self.latent(batch)
+        draw = partial(self.normal, batch)
+        cond = self.conditions(batch, keyed.uniform(self.seed, "caption", position) < loss.caption_dropout)
         u = keyed.uniform(self.seed, "sigma", position)
         density = torch.ones_like(u)
         if self.importance is not None:
             u, density = self.importance.draw(u, batch["step"])
-        noise = draw("noise", tuple(x0.shape[1:]))
+        noise = draw("noise", x0.shape[1:])
         for name, function in NOISES.items():
             if strength := getattr(loss, name):
                 noise = function(noise, strength, draw)
         if loss.pairing:
             noise = paired(noise, x0, loss.pairing)
-        seen = noise + loss.perturbation * draw("perturbation", tuple(x0.shape[1:])) if loss.perturbation else None
-        network = self.network(batch)
-        losses = self.losses(x0, self.levels(u), noise, cond, seen=seen, network=network)
+        seen = noise + loss.perturbation * draw("perturbation", x0.shape[1:]) if loss.perturbation else None
+        losses = self.losses(x0, self.levels(u), noise, cond, seen=seen, network=self.network(batch))
         if self.importance is not None:
             self.importance.see(u, losses.detach())
         return {"loss": (losses / density).mean(), "loss_by_sigma": binned(losses.detach(), u)}
+
+    def normal(self, batch: Batch, stream: str, shape: Sequence[int]) -> Tensor:
+        """The normal numbers (b, *shape) of a batch's samples in a stream."""
+        return keyed.normal(self.seed, stream, batch["position"], tuple(shape))
 
     def levels(self, u: Tensor) -> Sigma:
         """Noise levels (b,) of numbers that are even over [0, 1)."""
         return self.schedule.quantile(u)
 
     def losses(
-        self,
-        x0: Latent,
-        sigma: Tensor,
-        noise: Latent,
-        cond: Conditioning,
-        *,
-        seen: Latent | None = None,
+        self, x0: Latent, sigma: Sigma, noise: Latent, cond: Conditioning, *, seen: Latent | None = None,
         network: nn.Module | None = None,
-    ) -> Tensor:
+    ) -> Tensor:  # fmt: skip
         """The loss of each sample (b,) at given noise; see `diffusion_loss`. network: in place of the UNet alone."""
         parts = (network or self.backbone, self.prediction, self.schedule)
         vlb = self.config.loss.vlb
@@ -155,7 +152,7 @@ class DenoisingTask:
             mean, std = batch["mean"].float(), batch["std"].float()
         else:
             mean, std = self._posterior(batch["image"])
-        return mean + std * keyed.normal(self.seed, "posterior", batch["position"], tuple(mean.shape[1:]))
+        return mean + std * self.normal(batch, "posterior", mean.shape[1:])
 
     def conditions(self, batch: Batch, dropped: Tensor) -> Conditioning:
         """Text states of a batch, kept or encoded now: of the empty caption where it is dropped."""
@@ -185,18 +182,12 @@ class DenoisingTask:
         return Encoders(digest(self._source), self._posterior, model, states if text else None, crops)
 
     def _encoded(self, cache: str) -> Dataset:
-        """The training pictures as latents, read from the cache if it has them."""
         encoders = self.encoders(text=False, crops=1)
         kept = kept_with(self.pictures, encoders, cache)
         if kept.get("text") or kept.get("crops", 1) > 1:
             encoders = self.encoders(text=bool(kept["text"]), crops=int(kept["crops"]))
         with Bar(len(self.pictures)) as bar:
-
-            def show(done: int, total: int) -> None:
-                bar.step(done - bar.done)
-                bar.show("pictures encoded")
-
-            return cached(self.pictures, encoders, cache, show=show)
+            return cached(self.pictures, encoders, cache, show=lambda done, _: bar.reach(done, "pictures encoded"))
 
     @torch.no_grad()
     def _posterior(self, image: UInt8[Tensor, "b 3 H W"]) -> tuple[Latent, Latent]:
@@ -212,16 +203,14 @@ class DenoisingTask:
 
     def validate(self) -> dict[str, float]:
         """The loss on held-back pictures: noise fixed, noise levels spread evenly over the training density."""
-        position = torch.arange(len(self.held_back))
+        position, total, held = torch.arange(len(self.held_back)), 0.0, self.held_back.batch
         place = keyed.uniform(self.seed, "validation order", position).argsort()
         levels = self.levels((place + 0.5) / len(place))
-        total = 0.0
-        for start in range(0, len(position), self.config.run.batch_size):
-            part = slice(start, start + self.config.run.batch_size)
-            x0 = self.autoencoder.encode(self.held_back.images(part.start, part.stop).to(self.device)).mode.float()
-            noise = keyed.normal(self.seed, "validation noise", position[part], tuple(x0.shape[1:])).to(self.device)
-            cond = self.encode_text(self.held_back.batch["tokens"][part].to(self.device))
-            network = self.network({"image": self.held_back.batch["image"][part]})
+        for part in position.split(self.config.run.batch_size):
+            x0 = self.autoencoder.encode(to_image(held["image"][part]).to(self.device)).mode.float()
+            noise = keyed.normal(self.seed, "validation noise", part, tuple(x0.shape[1:])).to(self.device)
+            cond = self.encode_text(held["tokens"][part].to(self.device))
+            network = self.network({"image": held["image"][part]})
             total += self.losses(x0, levels[part].to(self.device), noise, cond, network=network).sum().item()
         return {f"{self.held_back.name}_loss": total / len(position)}
 
@@ -229,14 +218,12 @@ class DenoisingTask:
         return []
 
     def sample(self) -> tuple[Image, int]:
-        """A picture of each prompt of the config, from its own seed."""
-        prompts = self.config.samples.prompts
-        cond, uncond = (self.encode_text(self.tokenize(t).to(self.device)) for t in (prompts, [""] * len(prompts)))
-        return self.paint(self.backbone, cond, uncond), 0
+        return self.paint(self.backbone, self.config.samples.prompts), 0
 
-    def paint(self, network: nn.Module, cond: Conditioning, uncond: Conditioning) -> Image:
-        """A picture of each condition, from its own seed, as the config's defaults say."""
-        how, n = self.config.defaults, len(cond)
+    def paint(self, network: nn.Module, captions: Sequence[str]) -> Image:
+        """A picture of each caption, from its own seed, as the config's defaults say."""
+        how, n = self.config.defaults, len(captions)
+        cond, uncond = (self.encode_text(self.tokenize(t).to(self.device)) for t in (captions, [""] * n))
         denoise = cfg(Denoiser(network, self.prediction, self.schedule), cond, uncond, how.cfg_scale)
         sigmas = self.schedule.steps(how.steps, how.schedule)
         noise = SeededNoise([self.config.samples.seed + i for i in range(n)])
@@ -247,55 +234,37 @@ class DenoisingTask:
         return self.autoencoder.decode(last.x)
 
     def export(self, path: Path, provenance: dict[str, Any]) -> None:
-        """Write the whole model: everything that txt2img needs."""
         model = self.model(provenance)
         native.save(path, model.spec, model.modules)
 
     def model(self, provenance: dict[str, Any] | None = None) -> Model:
-        """The networks as one model."""
         config = self.config
-        spec = native.ModelSpec(
-            self.autoencoder.config,
-            config.data.size,
-            config.backbone,
-            config.text.tower,
-            config.prediction,
-            config.schedule,
-            config.defaults,
-            provenance or {},
-        )
+        shapes = self.autoencoder.config, config.data.size, config.backbone, config.text.tower
+        spec = ModelSpec(*shapes, config.prediction, config.schedule, config.defaults, provenance or {})
         return Model(spec, self.autoencoder, self.backbone, self.text)
 
 
 def _settled(config: LdmRun, begun: Model | None) -> LdmRun:
     """The config with what it leaves open: as the model that the training starts from has it, else the usual."""
+    name = config.autoencoder or config.weights or "embedded"
+    config = replace(config, autoencoder=str(EMBEDDED) if name == "embedded" else name)
     if begun is None:
-        return replace(config, autoencoder=_named(config), prediction=config.prediction or "eps")
-    spec, none = begun.spec, LdmRun(config.run, config.data)
+        return replace(config, prediction=config.prediction or "eps")
+    spec, none, text = begun.spec, LdmRun(config.run, config.data), config.text
     if spec.backbone is None or spec.text is None:
         raise UserError(f"weights {config.weights!r} holds an autoencoder alone: give a whole model")
-    tower = config.text.tower
-    for name, given, usual, theirs in (
-        ("backbone", config.backbone, none.backbone, spec.backbone),
-        ("text.tower", tower, tower if config.text.weights else none.text.tower, spec.text),
-    ):
+    parts: list[tuple[str, Any, Any, Any]] = [("backbone", config.backbone, none.backbone, spec.backbone)]
+    if not text.weights:
+        parts.append(("text.tower", text.tower, none.text.tower, spec.text))
+        text = replace(text, tower=spec.text)
+    for name, given, usual, theirs in parts:
         if given not in (usual, theirs):
             raise UserError(f"weights {config.weights!r} has the {name} {theirs}, not {given}")
     return replace(
-        config,
-        autoencoder=_named(config),
-        backbone=spec.backbone,
-        text=config.text if config.text.weights else replace(config.text, tower=spec.text),
-        prediction=config.prediction or cast(Any, spec.prediction),
+        config, backbone=spec.backbone, text=text, prediction=config.prediction or cast(Any, spec.prediction),
         schedule=spec.schedule if config.schedule == none.schedule else config.schedule,
         defaults=spec.defaults if config.defaults == none.defaults else config.defaults,
-    )
-
-
-def _named(config: LdmRun) -> str:
-    """The file of the autoencoder."""
-    name = config.autoencoder or config.weights or "embedded"
-    return str(EMBEDDED) if name == "embedded" else name
+    )  # fmt: skip
 
 
 def _autoencoder(config: LdmRun, begun: Model | None) -> Autoencoder:
@@ -309,13 +278,12 @@ def _autoencoder(config: LdmRun, begun: Model | None) -> Autoencoder:
 def _tower(config: LdmRun, begun: Model | None) -> Conditioner:
     """The text tower of the file that the config names, of the model that the training starts from, or a fresh one."""
     source = load(Path(config.text.weights)) if config.text.weights else begun
+    text = source.conditioner if source is not None else Conditioner(config.text.tower)
     if source is None and not config.text.train:
         raise UserError("text.train is false: give text.weights, a model file with a trained text tower")
-    if source is not None and (source.conditioner is None or source.spec.text != config.text.tower):
-        raise UserError(
-            f"text.weights {config.text.weights!r} has the tower {source.spec.text}, not {config.text.tower}"
-        )
-    text = Conditioner(config.text.tower) if source is None or source.conditioner is None else source.conditioner
+    if text is None or text.config != config.text.tower:
+        has = None if text is None else text.config
+        raise UserError(f"text.weights {config.text.weights!r} has the tower {has}, not {config.text.tower}")
     return text.train().requires_grad_(config.text.train)
 
 
@@ -329,13 +297,8 @@ def _check_fit(config: LdmRun, autoencoder: AutoencoderConfig) -> None:
     if backbone.out_channels == 2 * z_channels and config.schedule.kind != "vp":
         raise UserError(f"learned variances are of the steps of vp: schedule.kind {config.schedule.kind} has none")
     tower = config.text.tower
-    for name, has, needs in (
-        ("context_dim", backbone.context_dim, tower.states_width),
-        ("vector_dim", backbone.vector_dim, tower.vector_width),
-    ):
-        if has != needs:
+    for name, needs in (("context_dim", tower.states_width), ("vector_dim", tower.vector_width)):
+        if (has := getattr(backbone, name)) != needs:
             raise UserError(f"backbone.{name} is {has}: must be {needs}, what text.tower gives")
-    if size % (autoencoder.factor * backbone.factor):
-        raise UserError(
-            f"data.size {size} is not a multiple of {autoencoder.factor * backbone.factor}, which halvings need"
-        )
+    if size % (halvings := autoencoder.factor * backbone.factor):
+        raise UserError(f"data.size {size} is not a multiple of {halvings}, which halvings need")

@@ -4,18 +4,24 @@ Each method says, of a picture at one of the teacher's noise levels, which clean
 """
 
 import copy
-from collections.abc import Callable, Iterator
+import functools
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ldm.adapters.lora import LowRank
+from ldm.checkpoints.files import save
 from ldm.checkpoints.native import SamplingDefaults
 from ldm.conditioning import Conditioning
 from ldm.data.loader import Dataset
+from ldm.data.order import Order
 from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.guidance import Denoise, bind, cfg
 from ldm.diffusion.samplers import SAMPLERS as SOLVERS
@@ -30,14 +36,8 @@ from ldm.training.processes import precision
 from ldm.training.progress import Bar
 from ldm.training.tasks import lora
 from ldm.training.tasks.denoising import EMBEDDED, DenoisingTask
-from ldm.training.tasks.paths import Paths, painted
 
 Column = Tensor  # (b, 1, 1, 1)
-
-
-def _step(denoise: Denoise, x: Latent, sigma: Column, lower: Column) -> Latent:
-    """One of DDIM's, which keeps lower / sigma of the noise."""
-    return denoise(x, sigma.flatten()).lerp(x, lower / sigma)
 
 
 def consistency(student: Denoise, x: Latent, below: Latent, sigma: Column, lower: Column) -> Latent:
@@ -51,11 +51,10 @@ def progressive(student: Denoise, x: Latent, below: Latent, sigma: Column, lower
     return (below - ratio * x) / (1 - ratio)
 
 
-METHODS: dict[str, Callable[[Denoise, Latent, Latent, Column, Column], Latent]] = {
-    "consistency": consistency,
-    "progressive": progressive,
-}
+METHODS: dict[str, Callable[[Denoise, Latent, Latent, Column, Column], Latent]]
+METHODS = {"consistency": consistency, "progressive": progressive}
 SAMPLERS = {"consistency": "lcm", "progressive": "ddim", "reflow": "euler"}
+PART = 64  # paths in a file
 SMOOTH = 0.03  # of the pseudo-Huber distance, a number of the latents' deviation (Song & Dhariwal 2024, Sec. 3.3)
 
 
@@ -64,33 +63,33 @@ class DistilTask(DenoisingTask):
 
     The teacher goes from `x` to `below` it from noised pictures of the data, or went before: with `distil.paths`, from
     noise to picture, guided, by DPM-Solver++(2M). `reflow` is the plain loss, of pictures that the teacher made of the
-    very noise they are mixed with (Liu et al. 2023, rectified flow): straight paths.
+    very noise they are mixed with (Liu et al. 2023).
     """
+
+    config: DistilRun
 
     def __init__(self, config: DistilRun) -> None:
         if config.distil.paths and not config.cache:
             raise UserError(f"distil.paths {config.distil.paths} needs a folder to keep them in: give cache one")
         super().__init__(config)
-        self.distil, self.adapters = config.distil, dict[str, LowRank]()
+        self.distil = config.distil
         alone = self.distil.method == "progressive"  # its steps are the student's, each some of the teacher's
         self.stride = self.distil.stride if alone else 1
         if config.defaults == SamplingDefaults():  # as the student is sampled, where nothing else is said
             count, sampler = self.distil.steps if alone else 4, SAMPLERS[self.distil.method]
-            self.config = replace(
-                self.config, defaults=replace(self.config.defaults, sampler=sampler, steps=count, cfg_scale=1.0)
-            )
-        self.teacher = copy.deepcopy(self.backbone).requires_grad_(False)
-        self.text.requires_grad_(False)
-        self.trains_text, self.lora = False, config.lora
-        self.networks = {"backbone": self.backbone}
-        if self.lora is not None:
-            self.backbone.requires_grad_(False)
-            self.adapters = lora.wear(self.model(), self.lora, config.run.seed)
-            self.networks = {"adapters": lora.as_network(self.adapters)}
-        self.averaged = tuple(self.networks)
+            defaults = replace(self.config.defaults, sampler=sampler, steps=count, cfg_scale=1.0)
+            self.config = replace(self.config, defaults=defaults)
         steps = self.schedule.steps(self.distil.steps * self.stride, self.config.defaults.schedule)
         self.grid = torch.as_tensor([float(level) for level in steps], dtype=torch.float32)
         self.steps: list[float] = self.grid.tolist()
+
+    def trained(self) -> dict[str, nn.Module]:
+        self.teacher = copy.deepcopy(self.backbone).requires_grad_(False)
+        self.freeze()
+        if self.config.lora is None:
+            return {"backbone": self.backbone.requires_grad_(True)}
+        self.adapters = lora.wear(self.model(), self.config.lora, self.config.run.seed)
+        return lora.as_network(self.adapters)
 
     def to(self, device: torch.device) -> None:
         self.teacher.to(device)
@@ -107,7 +106,6 @@ class DistilTask(DenoisingTask):
         return self.grid[place].reshape(-1, 1, 1, 1)
 
     def _guided(self, cond: Conditioning) -> Denoise:
-        """The teacher."""
         empty = self.encode_text(self.empty.expand(len(cond), -1))
         return cfg(Denoiser(self.teacher, self.prediction, self.schedule), cond, empty, self.distil.guidance)
 
@@ -115,7 +113,6 @@ class DistilTask(DenoisingTask):
         self, x0: Latent, sigma: Sigma, noise: Latent, cond: Conditioning, *, seen: Latent | None = None,
         network: nn.Module | None = None,
     ) -> Tensor:  # fmt: skip
-        """The loss of each sample (b,), from pictures."""
         teacher = self._guided(cond)
         if self.distil.method == "reflow":
             with torch.no_grad():
@@ -125,7 +122,8 @@ class DistilTask(DenoisingTask):
         below = x = x0 + self._level(place) * noise
         with torch.no_grad():
             for i in range(self.stride):
-                below = _step(teacher, below, self._level(place + i), self._level(place + i + 1))
+                sigma, lower = self._level(place + i), self._level(place + i + 1)
+                below = teacher(below, sigma.flatten()).lerp(below, lower / sigma)  # a step of DDIM
         return self._distance(cond, place, x, below)
 
     def _distance(self, cond: Conditioning, place: Tensor, x: Latent, below: Latent) -> Tensor:
@@ -145,10 +143,8 @@ class DistilTask(DenoisingTask):
             losses = super().losses(path[:, -1].float(), self.levels(u), path[:, 0].float(), cond)
         else:
             each, place = torch.arange(len(u), device=u.device), self._place(u)
-            x, below = (
-                path[each, at].float() * (1 + self._level(at) ** 2).sqrt() for at in (place, place + self.stride)
-            )
-            losses = self._distance(cond, place, x, below)
+            two = (path[each, at].float() * (1 + self._level(at) ** 2).sqrt() for at in (place, place + self.stride))
+            losses = self._distance(cond, place, *two)
         return {"loss": losses.mean(), "loss_by_sigma": binned(losses.detach(), u)}
 
     def _encoded(self, folder: str) -> Dataset:
@@ -156,35 +152,34 @@ class DistilTask(DenoisingTask):
         if not self.distil.paths:
             return super()._encoded(folder)
         config, data = self.config, self.config.data
-        files = [
-            EMBEDDED if name == "embedded" else Path(name) for name in (config.weights, config.text.weights) if name
-        ]
+        named = (config.weights, config.text.weights)
+        files = [digest(EMBEDDED if name == "embedded" else Path(name)) for name in named if name]
         order = (data.shards, data.captions, data.size, data.seed, data.readers, data.window)
         made = (asdict(config.schedule), config.prediction, self.distil.guidance, config.run.precision, config.run.seed)
-        entries = self.pictures.shards.entries
-        about = [[digest(file) for file in files], [e.sha256 for e in entries], order, made, self.steps]
-        with Bar(self.distil.paths) as bar:
-
-            def show(done: int, total: int) -> None:
-                bar.step(done - bar.done)
-                bar.show("paths painted")
-
-            paths = painted(Path(folder), self.distil.paths, about, self._paint, show)
-        return Paths(paths, self.distil.paths, data.seed)
+        about = [files, [e.sha256 for e in self.pictures.shards.entries], order, made, self.steps]
+        mark = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
+        paths, count = list[Path](), self.distil.paths
+        with Bar(count) as bar:
+            for first in range(0, count, PART):
+                part = range(first, min(first + PART, count))
+                paths.append(Path(folder) / f"paths-{mark}-{first:06d}-{len(part)}.safetensors")
+                if not paths[-1].is_file():
+                    bar.reach(first, "paths painted")
+                    save(paths[-1], self._paint(part), {})
+        return Paths(paths, count, data.seed)
 
     @torch.no_grad()
     def _paint(self, positions: range) -> dict[str, Tensor]:
         """Paths of the captions at some positions of the data: each x by its deviation, sqrt(1 + sigma^2)."""
-        batch = self.pictures.__getitems__(positions)
+        read = self.pictures.__getitems__(positions)
+        batch = {name: read[name].to(self.device) for name in ("tokens", "size_ids", "position")}
         side = self.config.data.size // self.autoencoder.factor
         dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision(self.config.run))
         with torch.autocast(self.device.type, dtype, enabled=dtype is not None):
-            cond = self.encode_text(batch["tokens"].to(self.device), batch["size_ids"].to(self.device))
-            noise = keyed.normal(
-                self.seed, "path", batch["position"].to(self.device), (self.autoencoder.config.z_channels, side, side)
-            )
+            cond = self.encode_text(batch["tokens"], batch["size_ids"])
+            noise = self.normal(batch, "path", (self.autoencoder.config.z_channels, side, side))
             path = [x.float() / (1 + sigma**2) ** 0.5 for sigma, x in self._path(self._guided(cond), noise)]
-        return {"path": torch.stack(path, 1).half(), "tokens": batch["tokens"], "size_ids": batch["size_ids"]}
+        return {"path": torch.stack(path, 1).half(), "tokens": read["tokens"], "size_ids": read["size_ids"]}
 
     def _path(self, teacher: Denoise, noise: Latent) -> Iterator[tuple[float, Latent]]:
         """Each level and what the teacher has there, from noise of deviation 1 to a picture."""
@@ -194,8 +189,29 @@ class DistilTask(DenoisingTask):
             yield step.sigma, step.x
 
     def export(self, path: Path, provenance: dict[str, Any]) -> None:
-        """Write the student, or its adapters."""
-        if self.lora is None:
+        if self.config.lora is None:
             return super().export(path, provenance)
-        facts = {"ss_base_model": str(self.config.weights), "ss_steps": str(provenance.get("steps", 0))}
-        lora.write(path, self.model(), self.adapters, self.lora, facts)
+        lora.write(path, self, self.adapters, self.config.lora, provenance.get("steps", 0))
+
+
+class Paths:
+    """A teacher's paths in files as a stream, shuffled in each epoch: `path` (b, levels, c, h, w), fp16, and texts."""
+
+    def __init__(self, files: Sequence[Path], count: int, seed: int) -> None:
+        self.files, self.count = files, count
+        self._order = Order([count], seed, readers=1, window=count)
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitems__(self, positions: Sequence[int]) -> Any:
+        rows = self._order.rows(np.asarray(positions, np.int64)).tolist()
+        records = [(_mapped(self.files[row // PART]), row % PART) for row in rows]
+        batch: Any = {n: torch.stack([tensors[n][place] for tensors, place in records]) for n in records[0][0]}
+        batch |= {"key": [f"path {row}" for row in rows], "position": torch.tensor(positions)}
+        return batch
+
+
+@functools.lru_cache(1024)
+def _mapped(path: Path) -> dict[str, Tensor]:
+    return load_file(path)

@@ -6,7 +6,6 @@ With instance pictures and the model's own pictures of the class it is DreamBoot
 import copy
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,8 @@ from ldm.checkpoints.native import Model
 from ldm.errors import UserError
 from ldm.training.config import LoraConfig, LoraRun
 from ldm.training.tasks.denoising import DenoisingTask
+
+Adapters = Mapping[str, LowRank]  # by the names of `lora_out.targets`
 
 
 class Slices(nn.Module):
@@ -39,27 +40,21 @@ class Slices(nn.Module):
 
 
 class LoraTask(DenoisingTask):
-    """The denoising loss, moved by adapters alone; what it writes is a LoRA file.
+    """The denoising loss, moved by adapters alone. UserError where a pattern of targets fits no weight."""
 
-    UserError where a pattern of targets fits no weight of the model.
-    """
+    config: LoraRun
 
-    def __init__(self, config: LoraRun) -> None:
-        super().__init__(config)
-        self.lora = config.lora
-        for network in (self.backbone, self.text):
-            network.requires_grad_(False)
-            if config.run.precision == "bf16":
+    def trained(self) -> dict[str, nn.Module]:
+        self.freeze()
+        if self.config.run.precision == "bf16":
+            for network in (self.backbone, self.text):
                 network.to(torch.bfloat16)  # only what trains needs more
-        self.adapters = wear(self.model(), self.lora, config.run.seed)
+        self.adapters = wear(self.model(), self.config.lora, self.config.run.seed)
         self.trains_text = any(name.startswith("text_encoder") for name in self.adapters)
-        self.networks = {"adapters": as_network(self.adapters)}
-        self.averaged = ("adapters",)
+        return as_network(self.adapters)
 
     def export(self, path: Path, provenance: dict[str, Any]) -> None:
-        """Write the adapters, as other programs read them."""
-        facts = {"ss_base_model": str(self.config.weights), "ss_steps": str(provenance.get("steps", 0))}
-        write(path, self.model(), self.adapters, self.lora, facts)
+        write(path, self, self.adapters, self.config.lora, provenance.get("steps", 0))
 
 
 def wear(model: Model, config: LoraConfig, seed: int) -> dict[str, LowRank]:
@@ -67,30 +62,28 @@ def wear(model: Model, config: LoraConfig, seed: int) -> dict[str, LowRank]:
     weights = {f"{p}.{name}": value for p, m in model.modules.items() for name, value in m.state_dict().items()}
     rng = torch.Generator().manual_seed(seed)
     places = _chosen(lora_out.targets(model), config.targets)
-    adapters = {name: _fresh(weights[place.name], place, config, rng) for name, place in places.items()}
-    worn = sorted(((place, adapters[name]) for name, place in places.items()), key=lambda pair: pair[0].name)
-    for name, group in groupby(worn, key=lambda pair: pair[0].name):
+    adapters = {name: _fresh(place.view(weights[place.name]), config, rng) for name, place in places.items()}
+    worn: dict[str, list[tuple[Place, LowRank]]] = {}
+    for name, place in places.items():
+        worn.setdefault(place.name, []).append((place, adapters[name]))
+    for name, group in worn.items():
         network, _, inner = name.partition(".")
         path, _, leaf = inner.rpartition(".")
         owner = model.modules[network].get_submodule(path)
-        parametrize.register_parametrization(owner, leaf, Slices(list(group)), unsafe=True)
+        parametrize.register_parametrization(owner, leaf, Slices(group), unsafe=True)
     return adapters
 
 
-def as_network(adapters: Mapping[str, LowRank]) -> nn.ModuleDict:
-    """Adapters as one module: what trains, and is averaged and saved."""
-    return nn.ModuleDict({name.replace(".", "/"): adapter for name, adapter in adapters.items()})
+def as_network(adapters: Adapters) -> dict[str, nn.Module]:
+    return {"adapters": nn.ModuleDict({name.replace(".", "/"): adapter for name, adapter in adapters.items()})}
 
 
-def write(
-    path: Path, model: Model, adapters: Mapping[str, LowRank], config: LoraConfig, facts: Mapping[str, str]
-) -> None:
-    """The file of a model's trained adapters."""
+def write(path: Path, task: DenoisingTask, adapters: Adapters, config: LoraConfig, steps: int) -> None:
     if config.half:
         adapters = {name: copy.deepcopy(adapter).half() for name, adapter in adapters.items()}
-    towers = 2 if model.spec.text is not None and model.spec.text.second is not None else 1
-    metadata = lora_out.kohya_metadata(config.rank, config.alpha or config.rank, **facts)
-    lora_out.write(path, adapters, metadata, config.layout, towers=towers)
+    about = {"ss_base_model": str(task.config.weights), "ss_steps": str(steps)}
+    metadata = lora_out.kohya_metadata(config.rank, config.alpha or config.rank, **about)
+    lora_out.write(path, adapters, metadata, config.layout, towers=len(task.text.config.towers))
 
 
 def _chosen(known: Mapping[str, Place], patterns: Sequence[str]) -> dict[str, Place]:
@@ -102,15 +95,11 @@ def _chosen(known: Mapping[str, Place], patterns: Sequence[str]) -> dict[str, Pl
     return found
 
 
-def _fresh(weight: Tensor, place: Place, config: LoraConfig, rng: torch.Generator) -> LowRank:
-    """An adapter that changes nothing yet: up is zero (Sec. 4.1)."""
-    rows = place.view(weight)
+def _fresh(rows: Tensor, config: LoraConfig, rng: torch.Generator) -> LowRank:
+    """An adapter of a weight that changes nothing yet: up is zero (Sec. 4.1)."""
     rank = min(config.rank, rows.shape[0], rows[0].numel())
     down = torch.randn((rank, *rows.shape[1:]), generator=rng) / rows[0].numel() ** 0.5
     up = torch.zeros(rows.shape[0], rank, *[1] * (rows.dim() - 2))
-    magnitude = None
-    if config.dora:
-        over = tuple(range(1, rows.dim()))
-        magnitude = torch.linalg.vector_norm(rows.float(), dim=over, keepdim=True)
-    alpha = config.alpha or config.rank
-    return LowRank(down, up, magnitude=magnitude, scale=alpha / config.rank)
+    over = tuple(range(1, rows.dim()))
+    magnitude = torch.linalg.vector_norm(rows.float(), dim=over, keepdim=True) if config.dora else None
+    return LowRank(down, up, magnitude=magnitude, scale=(config.alpha or config.rank) / config.rank)
