@@ -188,8 +188,8 @@ def fill(
 ) -> None:
     """Encode what is missing in `cache`; each shard is whole there or not at all.
 
-    share: (rank, world), to do the rank-th of every `world` shards. `show(done, total)` is called after each batch with
-    numbers of pictures. UserError as in `cached`.
+    share: (rank, world), to do the rank-th of every `world` shards. `show(done, total)` is called after each batch, in
+    pictures. UserError as in `cached`.
     """
     if dataset.config.crop == "random" and encoders.crops == 1:
         raise UserError(

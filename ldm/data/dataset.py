@@ -1,8 +1,7 @@
 """Batches of pictures and captions from shards: a map-style dataset over the positions of a stream.
 
-The item at a position is a pure function of (seed, position) and the files: which sample, which of its captions, crop
-and flip. A training run that keeps the number of samples it has consumed can go on from there, on any number of ranks
-and workers.
+The item at a position is a pure function of (seed, position) and the files: sample, caption, crop and flip. A run goes
+on from the number of samples it has consumed, on any number of ranks and workers.
 """
 
 import bisect
@@ -28,7 +27,7 @@ from ldm.data.mixing import Buckets
 from ldm.data.order import locate
 from ldm.data.remote import Cache
 from ldm.data.shards import Run, Shards
-from ldm.data.stream import CAPTION, CROP_X, FLIP, InTurn, Shuffled, Stream, shuffled, sources
+from ldm.data.stream import CAPTION, CROP_X, FLIP, InTurn, Shuffled, Stream, for_each, shuffled, sources
 from ldm.data.stream import DataConfig as DataConfig
 from ldm.data.tars import Damaged
 from ldm.errors import UserError
@@ -67,9 +66,8 @@ class View(NamedTuple):
 class ShardDataset:
     """Pictures decoded from shards.
 
-    A sample that is damaged is replaced by the one at the same place of the next shard of its source (and its size),
-    and so on; once around, by the one behind it: a pure function of the files. With max_damaged 0 it is Damaged,
-    naming shard and key.
+    For a damaged sample stands the one at the same place of the next shard of its source (and its size), and so on;
+    once around, the one behind it: a pure function of the files. With max_damaged 0 it is Damaged, with shard and key.
     """
 
     def __init__(
@@ -84,7 +82,7 @@ class ShardDataset:
         self.shards, self.stream, self.config = shards, stream, config
         self.limits = limits or Limits(config.patience, config.max_damaged)
         self.tokenize = TokenMemo(tokenize) if tokenize else None
-        self.columns = _columns(config, 1 + max(shards.sources))
+        self.columns = [name.strip() for name in for_each("captions", config.captions, ",", 1 + max(shards.sources))]
 
     def __len__(self) -> int:
         return int(self.shards.ends[-1])
@@ -103,9 +101,8 @@ class ShardDataset:
         mirrored = torch.from_numpy((numbers[:, FLIP] < 0.5) & self.config.flip)
         if mirrored.any():
             images[mirrored] = images[mirrored].flip(-1)
-        captions = [
-            view.captions[int(draw * len(view.captions))] for view, draw in zip(views, numbers[:, CAPTION], strict=True)
-        ]
+        drawn = zip(views, numbers[:, CAPTION], strict=True)
+        captions = [view.captions[int(draw * len(view.captions))] for view, draw in drawn]
         batch = Batch(
             image=images,
             size_ids=torch.tensor([view.size_ids for view in views]),
@@ -123,12 +120,10 @@ class ShardDataset:
         """One line for a person."""
         text = f"{len(self)} pictures in {len(self.shards.paths)} shards"
         order = self.stream.order if isinstance(self.stream, Shuffled) else None
-        if isinstance(order, Buckets):
-            text += (
-                f" of {len(order.sizes)} sizes; {order.leftovers} of an epoch fill no batch of {order.batch}: "
-                "they come first in the next"
-            )
-        return text
+        if not isinstance(order, Buckets):
+            return text
+        left = f"{order.leftovers} of an epoch fill no batch of {order.batch}: they come first in the next"
+        return f"{text} of {len(order.sizes)} sizes; {left}"
 
     def where(self, positions: Sequence[int]) -> list[str]:
         """The shards that hold these positions."""
@@ -146,8 +141,7 @@ class ShardDataset:
         except ValueError as error:
             raise error if isinstance(error, Damaged) else Damaged(f"{sample.place}: {error}") from None
         if self.config.buckets:
-            if f"{picture.width}x{picture.height}" != run.size:
-                found = f"{picture.width}x{picture.height}"
+            if (found := f"{picture.width}x{picture.height}") != run.size:
                 raise Damaged(f"{sample.place} has {found} pixels, its manifest says {run.size}")
             ids = _size_ids(columns, picture.size, 1.0, (0, 0), picture.size)
         else:
@@ -259,16 +253,6 @@ def _open_shards(patterns: Sequence[str], config: DataConfig) -> Shards:
             f"{needed / 1e9:.3g} GB: raise data.copies_gb {config.copies_gb:g} or lower data.readers"
         )
     return shards
-
-
-def _columns(config: DataConfig, count: int) -> list[str]:
-    """The column of captions of each source."""
-    names = [name.strip() for name in config.captions.split(",")]
-    if len(names) == 1:
-        names *= count
-    if len(names) != count:
-        raise UserError(f"data.captions {config.captions!r} has {len(names)} parts for {count} sources")
-    return names
 
 
 def _size_ids(

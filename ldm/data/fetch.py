@@ -11,11 +11,12 @@ from typing import Any
 from urllib.parse import urljoin
 
 from ldm.data.remote import COPIES, place
-from ldm.errors import UserError
+from ldm.errors import UserError, reason
 
 _sleep = time.sleep
 _THREADS = 32  # of a process that downloads; most of them wait
 _REDIRECTS = 5
+_WEB = ("http://", "https://")
 _PAUSE = 0.5  # seconds before the first further try, doubled for each
 _AGAIN = (408, 425, 429, 500, 502, 503, 504)
 _UNWILLING = {"noai", "noimageai", "noindex", "noimageindex"}  # in X-Robots-Tag, as img2dataset reads it
@@ -58,51 +59,45 @@ def fetch_all(references: Sequence[str], limits: Downloads) -> Iterator[bytes | 
 
 def fetch(reference: str, limits: Downloads) -> bytes | UserError:
     """The bytes of one reference, or why they cannot be had."""
-    if not reference:
-        return UserError("no path or URL")
-    return (_http if reference.lower().startswith(("http://", "https://")) else _file)(reference, limits)
-
-
-def _file(path: str, limits: Downloads) -> bytes | UserError:
-    try:
-        system, inside = place(path)
-        with system.open(inside, "rb") as file:
-            data: bytes = file.read(limits.max_bytes + 1 if "://" in path else -1)
-    except UserError as error:
-        return UserError(f"cannot read: {error}")
-    except Exception as error:  # a remote file system raises what its client library raises
-        return UserError(f"cannot read: {getattr(error, 'strerror', None) or error or type(error).__name__}")
-    return UserError(_too_long(limits)) if "://" in path and len(data) > limits.max_bytes else data
+    read, why = _http if reference.lower().startswith(_WEB) else _file, "no path or URL"
+    for attempt in range(limits.retries + 1 if reference else 0):
+        try:
+            return read(reference, limits)
+        except _Failed as failure:
+            why, pause = failure.args
+        if pause is None:
+            break
+        if attempt < limits.retries:
+            _sleep(min(limits.timeout, max(pause, _PAUSE * 2**attempt)))
+    return UserError(why)
 
 
 class _Failed(Exception):
-    """Why a download failed, and the seconds to wait at least before another try, None where that is of no use."""
+    """Why bytes did not come, and the seconds to wait at least before another try, None where that is of no use."""
 
     def __init__(self, reason: str, pause: float | None = None) -> None:
         super().__init__(reason, pause)
 
 
-def _http(url: str, limits: Downloads) -> bytes | UserError:
-    reason = ""
-    for attempt in range(limits.retries + 1):
-        try:
-            return _once(url, limits)
-        except _Failed as failure:
-            reason, pause = failure.args
-        if pause is None:
-            break
-        if attempt < limits.retries:
-            _sleep(min(limits.timeout, max(pause, _PAUSE * 2**attempt)))
-    return UserError(reason)
+def _file(path: str, limits: Downloads) -> bytes:
+    try:
+        system, inside = place(path)
+        with system.open(inside, "rb") as file:
+            data: bytes = file.read(limits.max_bytes + 1 if "://" in path else -1)
+    except Exception as error:  # a remote file system raises what its client library raises
+        raise _Failed(f"cannot read: {reason(error) or type(error).__name__}") from None
+    if "://" in path and len(data) > limits.max_bytes:
+        raise _too_long(limits)
+    return data
 
 
-def _once(url: str, limits: Downloads) -> bytes:
+def _http(url: str, limits: Downloads) -> bytes:
     from urllib3 import exceptions as known
 
     deadline = time.monotonic() + limits.timeout
     try:
         for _ in range(_REDIRECTS + 1):  # by hand: urllib3 would read whatever comes with a redirect
-            if not url.lower().startswith(("http://", "https://")):
+            if not url.lower().startswith(_WEB):
                 raise _Failed("download failed: not a web address")
             response = _pool(limits).request("GET", url, preload_content=False, retries=False)
             try:
@@ -137,7 +132,7 @@ def _body(response: Any, deadline: float, limits: Downloads) -> bytes:
     while chunk := response.read1(1 << 16):  # what has come, rather than wait for a full block
         data += chunk
         if len(data) > limits.max_bytes:
-            raise _Failed(_too_long(limits))
+            raise _too_long(limits)
         if time.monotonic() > deadline:
             raise _late(limits)
     return bytes(data)
@@ -147,8 +142,8 @@ def _late(limits: Downloads) -> _Failed:
     return _Failed(f"download timed out: more than {limits.timeout:g} s", 0.0)
 
 
-def _too_long(limits: Downloads) -> str:
-    return f"too large: more than {limits.max_bytes} bytes"
+def _too_long(limits: Downloads) -> _Failed:
+    return _Failed(f"too large: more than {limits.max_bytes} bytes")
 
 
 @functools.lru_cache(8)

@@ -11,7 +11,7 @@ from pathlib import Path
 from ldm.data.options import PrepareConfig
 from ldm.data.prepare import prepare
 from ldm.data.shards import MANIFEST
-from ldm.data.stream import DataConfig
+from ldm.data.stream import DataConfig, for_each
 from ldm.errors import UserError
 from ldm.files import digest
 
@@ -22,10 +22,7 @@ def with_shards(patterns: Sequence[str], config: DataConfig) -> list[str]:
     Those lie beside `config.copies`, by the content of the folder and by what was asked for. UserError for a folder
     without pictures, or whose pictures have no captions.
     """
-    captions = config.caption.split("|")
-    captions *= len(patterns) if len(captions) == 1 else 1
-    if len(captions) != len(patterns):
-        raise UserError(f"data.caption {config.caption!r} has {len(captions)} parts for {len(patterns)} sources")
+    captions = for_each("caption", config.caption, "|", len(patterns))
     return [
         "::".join(_shards(Path(part), config, caption) if _is_plain(part) else part for part in pattern.split("::"))
         for pattern, caption in zip(patterns, captions, strict=True)

@@ -70,10 +70,9 @@ def loader(
 ) -> Iterator[Batch]:
     """Batches of `batch_size` over all ranks, from position `start` (the samples consumed so far) to before `stop`.
 
-    A rank gets its own `batch_size / world` positions of each batch; the last batch may be short, and is left out on a
-    rank that would get none of it. Without a stop there is no end but that of the dataset. The workers change nothing
-    but the speed. ValueError for a batch that the ranks cannot share evenly; UserError for a stop behind the dataset's
-    end and for batches of several sizes, and later for too many damaged samples and for data that does not come.
+    A rank gets its own `batch_size / world` positions of each batch; the last may be short, and is left out on a rank
+    that would get none of it. Without a stop the end is the dataset's. ValueError for a batch that ranks cannot share
+    evenly; UserError for a stop behind the end, batches of several sizes, too much damage and data that does not come.
     """
     limits: Limits = getattr(dataset, "limits", Limits())
     if batch_size < 1 or batch_size % world:

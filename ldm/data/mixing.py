@@ -1,7 +1,7 @@
 """Streams made of streams: pictures of several sizes in batches of one, and several sources in given proportions.
 
-Both are computed, as `order` is: which part a batch or a sample is taken from follows from its position alone, and
-every part is an endless stream of its own, so that each of its samples comes once in each of its own epochs.
+Both are computed, as `order` is: which part a batch or a sample is taken from follows from its position alone; every
+part is an endless stream of its own, with its own epochs.
 """
 
 from collections.abc import Sequence
@@ -66,8 +66,7 @@ class Buckets:
         parts = [np.arange(share) for share in shares]
         seeds = [self.seed + epoch * len(shares) + k for k in range(len(shares))]
         moments = [
-            (part + uniforms(seed, part, 1)[:, 0]) / max(share, 1)
-            for part, seed, share in zip(parts, seeds, shares, strict=True)
+            (part + uniforms(seed, part, 1)[:, 0]) / max(len(part), 1) for part, seed in zip(parts, seeds, strict=True)
         ]
         merged = np.stack([np.repeat(np.arange(len(shares)), shares), np.concatenate(parts)], 1)
         return merged[np.argsort(np.concatenate(moments), kind="stable")]

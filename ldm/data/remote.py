@@ -87,10 +87,10 @@ class Cache:
         size = max(size, 0)  # -1 where a server does not tell
         name = f"{(digest or hashlib.sha256(f'{url} {version}'.encode()).hexdigest())[:32]}{Path(url).suffix}"
         path = self.folder / name
-        while not self._use(path):
+        while not _used(path):
             self.folder.mkdir(parents=True, exist_ok=True)
             with self._held(self.folder / f".{name}.part", url) as part:
-                if not self._use(path):  # no other process was faster
+                if not _used(path):  # no other process was faster
                     part.truncate(0)  # what a dead one left
                     with self._held(self.folder / ".room", url):
                         self._make_room(size, url)
@@ -98,13 +98,6 @@ class Cache:
                     self._fetch(url, part, digest)
                     Path(part.name).replace(path)
         return path
-
-    def _use(self, path: Path) -> bool:
-        try:
-            os.utime(path)
-        except FileNotFoundError:
-            return False
-        return True
 
     @contextmanager
     def _held(self, path: Path, url: str) -> Iterator[IO[bytes]]:
@@ -189,6 +182,13 @@ class Cache:
             copying.result()
         except Exception as error:  # a remote file system raises what its client library raises
             raise error if isinstance(error, OSError) else OSError(str(error)) from None
+
+
+def _used(path: Path) -> bool:
+    with suppress(FileNotFoundError):
+        os.utime(path)
+        return True
+    return False
 
 
 def _locked(path: Path) -> IO[bytes] | None:

@@ -57,15 +57,13 @@ def count(shards: Sequence[Mapping[str, Any]], sources: Sequence[str], templates
             known["count"] += 1
             if len(known["examples"]) < _EXAMPLES:
                 known["examples"].append(f"{id}: {text}")
-    given = [*sums["seen"].values(), sums["kept"].total()]
+    total, seen = sums["kept"].total(), sums["seen"]
+    passed = zip(seen, seen.values(), [*seen.values(), total][1:], strict=True)
     return {
-        "samples": sums["kept"].total(),
+        "samples": total,
         "shards": len(shards),
         "kept": {name: sums["kept"][name] for name in sources},
-        "stages": {
-            name: {"seen": seen, "dropped": seen - passed}
-            for (name, seen), passed in zip(sums["seen"].items(), given[1:], strict=True)
-        },
+        "stages": {name: {"seen": given, "dropped": given - left} for name, given, left in passed},
         "refused": dict(sorted(refused.items(), key=lambda item: (-item[1]["count"], item[0]))),
         "changes": dict(sorted(sums["changes"].items())),
         "templates": {text: sums["templates"][text] for text in templates},

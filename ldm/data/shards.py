@@ -84,8 +84,7 @@ class Sample:
 
     def about(self) -> dict[str, Any]:
         """The columns, with the captions in `captions`. Damaged where they are broken or there is no caption."""
-        columns = self.columns()
-        return {**columns, "captions": self.captions(columns)}
+        return {**(columns := self.columns()), "captions": self.captions(columns)}
 
     def captions(self, columns: Mapping[str, Any], column: str = "") -> list[str]:
         """The captions in a column, or `txt`; without a name, those of the column `captions`, else the .txt.
@@ -184,17 +183,14 @@ def write_manifest(folder: Path, entries: Sequence[Entry]) -> None:
 def read_manifest(folder: str | Path) -> dict[str, Entry]:
     """Shard name -> entry; empty where the folder has no manifest. UserError for a manifest that is not one."""
     path = f"{folder}/{MANIFEST}"
-    if "://" in path:
-        data = fetch_small(path)
-    else:
-        data = Path(path).read_bytes() if Path(path).is_file() else None
+    local = Path(path)
+    data = fetch_small(path) if "://" in path else local.read_bytes() if local.is_file() else None
     if data is None:
         return {}
     try:
-        entries = [Entry(**shard) for shard in json.loads(data)["shards"]]
+        return {shard["name"]: Entry(**shard) for shard in json.loads(data)["shards"]}
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path!r} is not a manifest of shards ({error!r}): prepare the data again") from None
-    return {entry.name: entry for entry in entries}
 
 
 class Shards:

@@ -45,7 +45,9 @@ class Source(Protocol):
     """Pictures by row number.
 
     random: whether rows are read as fast in any order and twice; if not, they are copied first where that matters.
-    downloads: whether reading fetches each picture from elsewhere.
+    downloads: whether reading fetches each picture from elsewhere. ids: what tells each row apart, whatever the order
+    of files on a disk. stamp: changes when the source does. read: the rows asked for, in order, an error in the place
+    of one that cannot be had.
     """
 
     @property
@@ -55,17 +57,9 @@ class Source(Protocol):
     @property
     def downloads(self) -> bool: ...
 
-    def ids(self) -> list[str]:
-        """What tells each row apart, whatever the order of files on a disk."""
-        ...
-
-    def stamp(self) -> str:
-        """Changes when the source does."""
-        ...
-
-    def read(self, rows: Sequence[int]) -> Iterator[Raw | UserError]:
-        """The rows asked for, in order; an error in the place of one that cannot be had."""
-        ...
+    def ids(self) -> list[str]: ...
+    def stamp(self) -> str: ...
+    def read(self, rows: Sequence[int]) -> Iterator[Raw | UserError]: ...
 
 
 def open_sources(paths: Sequence[str], limits: Downloads = Downloads()) -> list[Source]:  # noqa: B008 (it is frozen)

@@ -71,6 +71,14 @@ def sources(shards: str) -> list[Source]:
     return found
 
 
+def for_each(option: str, given: str, mark: str, count: int) -> list[str]:
+    """The value of an option for each source: one for all, or as many as there are. UserError for another number."""
+    values = given.split(mark)
+    if len(values) not in (1, count):
+        raise UserError(f"data.{option} {given!r} has {len(values)} parts for {count} sources")
+    return values if len(values) == count else values * count
+
+
 @dataclass(frozen=True)
 class Shuffled:
     """The endless training stream: shuffled anew in each epoch, with choices keyed by (seed, position)."""
