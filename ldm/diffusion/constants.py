@@ -28,6 +28,12 @@ def uniform(value: float, n: int, dtype: torch.dtype, device: torch.device) -> S
     return filled
 
 
+def forget() -> None:
+    """Drop them all: where tensors without data were computed with, some of these have none either."""
+    scalar.cache_clear()
+    uniform.cache_clear()
+
+
 def wide(x: Tensor) -> Tensor:
     """x in fp32 at least."""
     return x if x.dtype in (torch.float32, torch.float64) else x.float()

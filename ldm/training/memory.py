@@ -12,10 +12,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
+from ldm.diffusion import constants
 from ldm.errors import UserError
 from ldm.models import autoencoder, layers, unet
 from ldm.training.config import LdmRun, VaeRun
@@ -55,8 +56,11 @@ class Counter(TorchDispatchMode):
         self._known: weakref.WeakSet[Any] = weakref.WeakSet(tensor.untyped_storage() for tensor in known)
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if function is torch.ops.aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
-            return 1.0
+        if function is torch.ops.aten._local_scalar_dense.default:
+            if isinstance(args[0], FakeTensor):
+                return 1.0
+            with _disable_current_modes():  # a constant
+                return args[0].item()
         result = function(*args, **(kwargs or {}))
         for value in tree_leaves(result):
             if isinstance(value, Tensor) and (storage := value.untyped_storage()) not in self._known:
@@ -104,6 +108,7 @@ def predict(task: Any, config: VaeRun | LdmRun, processes: int = 1, device: torc
                 loss = objective.loss(batch)["loss"]
                 gradients += torch.autograd.grad(loss, parameters, allow_unused=True)
                 del loss
+        constants.forget()
         trained, split = sum(map(_bytes, moved)), _bytes(moved[0]) if config.run.shard else 0
         averaged = _bytes(_trained(double.networks[name] for name in double.averaged))
     away = split - split // processes  # what others keep

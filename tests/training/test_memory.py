@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 
 from ldm.config import load, to_dict
+from ldm.diffusion import constants
 from ldm.training import loop
 from ldm.training.config import ControlRun, DistilRun, LdmRun
 from ldm.training.loop import train
@@ -71,6 +73,15 @@ def test_predicted_is_what_a_run_takes(
         train(task, settings, tmp_path / "run")
     profile.export_chrome_trace(str(tmp_path / "trace.json"))
     assert predicted.total == pytest.approx(allocated(tmp_path / "trace.json"), rel=TOLERANCE)
+
+
+def test_a_prediction_uses_constants_and_leaves_none_without_data(request: pytest.FixtureRequest, tmp_path: Path):
+    settings, task = made("distil", ["--optim.kind", "adafactor"], request)
+    constants.forget()
+    constants.scalar(1.0, torch.float32)  # met by the prediction, as it is
+    predict(task, settings)
+    assert not isinstance(constants.scalar(1.0, torch.float32), FakeTensor)
+    assert not isinstance(constants.uniform(1.0, 2, torch.float32, torch.device("cpu")), FakeTensor)
 
 
 def test_what_the_prediction_knows(ldm, tmp_path: Path):
