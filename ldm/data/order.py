@@ -2,7 +2,8 @@
 
 Position p lies in epoch p // n. There the shards are permuted, dealt to a fixed number of virtual readers, and each
 reader's samples are shuffled: fully inside a shard, and by at most `window` places along the reader's stream. The
-readers then take turns. All follows from (seed, epoch) and the shards' counts: resuming needs one integer, and any
+readers then take turns, those with more samples more often, so that all end together: every part of an epoch holds of
+each what the whole does. All follows from (seed, epoch) and the shards' counts: resuming needs one integer, and any
 number of ranks and workers sees the same stream. Any part of an epoch is worked out alone, for what the windows hold.
 """
 
@@ -96,25 +97,26 @@ class Order:
         """The rows at offsets block * size and on: those turns of each reader that touch them, interleaved."""
         readers = self._dealt(epoch)
         lengths = np.array([len(reader) for reader in readers])
+        most = int(lengths.max())
 
-        def before(turn: int) -> int:  # samples in all the turns before this one
-            return int(np.minimum(lengths, turn).sum())
+        def before(turn: int) -> Ints:  # samples that each reader gives in all the turns before this one
+            return -(-lengths * turn // most)
 
         first, last = block * self._size, min((block + 1) * self._size, self.length) - 1
-        turns = range(int(lengths.max()) + 1)
-        start, stop = (bisect.bisect_right(turns, offset, key=before) - 1 for offset in (first, last))
-        parts = [self._stream(reader, epoch, i + 1, start, stop + 1) for i, reader in enumerate(readers)]
-        taken = np.concatenate([np.arange(len(part)) for part in parts])
+        turns = range(most + 1)
+        start, stop = (bisect.bisect_right(turns, n, key=lambda turn: before(turn).sum()) - 1 for n in (first, last))
+        spans = list(zip(before(start).tolist(), before(stop + 1).tolist(), strict=True))
+        parts = [self._stream(reader, epoch, i + 1, *spans[i]) for i, reader in enumerate(readers)]
+        turns_of = [np.arange(*span) * most // max(n, 1) for span, n in zip(spans, lengths.tolist(), strict=True)]
         which = np.repeat(np.arange(self.readers), [len(part) for part in parts])
-        rows = np.concatenate(parts)[np.lexsort((which, taken))]
-        skipped = first - before(start)
+        rows = np.concatenate(parts)[np.lexsort((which, np.concatenate(turns_of)))]
+        skipped = first - int(before(start).sum())
         return rows[skipped : skipped + last - first + 1].copy()
 
     def _stream(self, reader: Reader, epoch: int, number: int, start: int, stop: int) -> Ints:
         """Samples start .. stop - 1 of what one reader yields: sorting by place + noise below `window` moves none
         further, so that none from 2 windows off takes part."""
-        stop = min(stop, len(reader))
-        if start >= stop:
+        if start == stop:
             return np.empty(0, np.int64)
         low, high = max(0, start - 2 * self.window), min(len(reader), stop + 2 * self.window)
         first, last = int(np.searchsorted(reader.starts, low, "right")) - 1, int(np.searchsorted(reader.starts, high))

@@ -42,7 +42,10 @@ def test_a_part_of_an_epoch_is_that_part_of_the_whole(counts, readers, window, s
         noise = np.random.PCG64([seed, epoch, reader + 1]).random_raw(len(rows)) >> np.uint64(11)
         streams.append(rows[np.argsort(np.arange(len(rows)) + noise * (window / 2**53), kind="stable")])
     longest = max(map(len, streams))
-    whole = [int(stream[turn]) for turn in range(longest) for stream in streams if turn < len(stream)]
+    turns = [
+        (k * longest // len(stream), i, int(row)) for i, stream in enumerate(streams) for k, row in enumerate(stream)
+    ]
+    whole = [row for *_, row in sorted(turns)]
     order = Order(counts, seed, readers=readers, window=window)
     order._size = size
     assert order.rows(epoch * len(order) + np.arange(len(order))).tolist() == whole
@@ -54,7 +57,7 @@ def test_a_billion_samples_cost_what_a_window_holds():
     far = order.rows(np.arange(678_901_000, 678_901_256))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert len(set((far // 10_000).tolist())) == 64
+    assert 64 <= len(set((far // 10_000).tolist())) <= 2 * 64  # some readers are between two shards
     assert peak < 64e6
 
 
@@ -67,7 +70,7 @@ def test_epochs_and_seeds_differ():
 
 def test_this_order_never_changes():
     """A run resumed under another version of numpy or of this code goes on where it was."""
-    assert Order([5, 3, 4], 7).rows(np.arange(12)).tolist() == [0, 9, 5, 2, 8, 7, 3, 10, 6, 4, 11, 1]
+    assert Order([5, 3, 4], 7).rows(np.arange(12)).tolist() == [0, 9, 5, 2, 8, 7, 3, 10, 4, 11, 6, 1]
 
 
 def test_a_batch_mixes_shards_and_a_shard_is_read_within_a_window():
@@ -79,6 +82,14 @@ def test_a_batch_mixes_shards_and_a_shard_is_read_within_a_window():
     assert np.median(spans) > 150  # and the window does shuffle over its neighbours
     one_by_one = Order([100] * 200, 0, readers=1, window=0).rows(np.arange(20_000)) // 100
     assert (np.diff(one_by_one) != 0).sum() == 199
+
+
+def test_every_part_of_an_epoch_holds_of_each_shard_what_the_whole_does():
+    counts = [2000] * 5 + [400] * 4 + [110] * 12  # drawings, things, and few of what is to be learnt
+    kinds = np.repeat([0, 1, 2], [10_000, 1600, 1320])[Order(counts, 3).rows(np.arange(sum(counts)))]
+    for part in np.array_split(kinds, 20):
+        shares = np.bincount(part, minlength=3) / len(part)
+        assert np.abs(shares - np.array([10_000, 1600, 1320]) / sum(counts)).max() < 0.02
 
 
 def test_shards_may_be_some_of_many():
