@@ -108,7 +108,11 @@ def _batches(
         worker_init_fn=_outlive,
     )
     damaged = read = 0
-    coming = iter(batches)
+    waiting = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # until each worker can outlive it
+    try:
+        coming = iter(batches)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, waiting)
     for wanted in positions():
         try:
             batch = next(coming)
@@ -133,6 +137,7 @@ def _batches(
 def _outlive(worker: int) -> None:
     """A SIGTERM to all processes, as clusters send it, is for the one that trains: its step still needs data."""
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(60))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
 
 
 def _explained(error: RuntimeError, dataset: Dataset, wanted: list[int], limits: Limits, workers: int) -> Exception:

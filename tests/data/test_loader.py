@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ldm.data import loader as loading
 from ldm.data import shards as module
 from ldm.data.dataset import DataConfig, open_dataset
 from ldm.data.loader import Batch, Limits, loader
@@ -123,6 +124,18 @@ def test_a_process_that_dies_or_hangs_is_told_of(what, message):
     with pytest.raises(UserError, match=message):
         list(loader(Troubled(what, 3.0 if what == "hangs" else 60.0), 4, stop=40, workers=1))
     assert time.monotonic() - began < 50
+
+
+def test_a_worker_outlives_a_sigterm_that_comes_before_it_is_ready(monkeypatch):
+    outlive = loading._outlive
+
+    def struck(worker: int) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        outlive(worker)
+
+    monkeypatch.setattr(loading, "_outlive", struck)
+    assert len(list(loader(Troubled("later"), 4, stop=8, workers=1))) == 2
+    assert signal.SIGTERM not in signal.pthread_sigmask(signal.SIG_BLOCK, ())  # here it is heard
 
 
 def test_any_other_error_stays_what_it_is():
